@@ -1,0 +1,58 @@
+"""Every error that edgellama raises on purpose, as one tree.
+
+    EdgeLlamaError
+    ├── ModelFileError            the file is damaged, truncated or hostile
+    │   └── UnsupportedModelError  the file is sound, but asks for something that is not built
+    ├── ContextOverflowError      more tokens than the context holds
+    ├── TemplateError             a chat template is missing, broken or ran too long
+    ├── GrammarError              a grammar or schema cannot be used
+    ├── OutOfMemoryError          memory for weights, cache or arena could not be had
+    ├── DownloadError             a model could not be fetched or did not verify
+    ├── KernelError               a kernel pack could not be built or loaded
+    └── UsageError                an argument is out of range or unknown
+
+A message says what was seen, what was needed and what to do, in one line; the command line prints it
+after ``edgellama:`` and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class EdgeLlamaError(Exception):
+    """Anything that edgellama reports to its user."""
+
+
+class ModelFileError(EdgeLlamaError):
+    """A model file is damaged, truncated or hostile."""
+
+
+class UnsupportedModelError(ModelFileError):
+    """A sound model file asks for something edgellama does not have."""
+
+
+class ContextOverflowError(EdgeLlamaError):
+    """More tokens were given than the context holds."""
+
+
+class TemplateError(EdgeLlamaError):
+    """A chat template is missing, broken, or passed its limits."""
+
+
+class GrammarError(EdgeLlamaError):
+    """A grammar or schema cannot be used as it stands."""
+
+
+class OutOfMemoryError(EdgeLlamaError):
+    """Memory for weights, cache or arena could not be had."""
+
+
+class DownloadError(EdgeLlamaError):
+    """A model could not be fetched, or what came did not verify."""
+
+
+class KernelError(EdgeLlamaError):
+    """A kernel pack could not be built, checked or loaded."""
+
+
+class UsageError(EdgeLlamaError, ValueError):
+    """An argument is out of range, unknown, or does not fit the others."""
