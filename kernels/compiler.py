@@ -1,0 +1,396 @@
+"""From a Python function to an object that runs without Python: build, cache, check, load.
+
+An operation is named `module.function` or `module.function[variant]`, for example
+`matmul.project[q4_1]`: module and function lie beside this file; with a variant the function is a
+factory that returns the one to compile.  A function whose first parameter is `step` is an operation of
+the program: the compiler wraps it so that its further parameters are read from the record; any other
+takes and returns 64-bit integers (`step.launch`).
+
+Numba is imported only in the worker processes that build.  One object per operation and tier, named by
+the SHA-256 of everything that made it, so that a stale one is never found; it carries its own SHA-256,
+because a damaged object does not fail but runs wrongly or crashes the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .targets import TARGETS, Target
+
+_SOURCES = Path(__file__).parent
+_COMMON = ("step", "part", "first", "count", "scratch")
+
+
+class BuildError(RuntimeError):
+    """An operation did not compile, or its object is not self-contained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A loaded operation: its address, and the names of its record arguments (float ones marked)."""
+
+    address: int
+    arguments: tuple[str, ...]
+    floats: frozenset[str]
+
+
+# --- names and keys -------------------------------------------------------------------------------
+def parse_name(name: str) -> tuple[str, str, str | None]:
+    """Split `module.function[variant]`."""
+    match = re.fullmatch(r"(\w+)\.(\w+)(?:\[(\w+)\])?", name)
+    if match is None:
+        raise BuildError(f"{name!r} is not the name of an operation")
+    return match[1], match[2], match[3]
+
+
+@cache
+def _source_hash(module: str) -> bytes:
+    """SHA-256 over a module of this folder and all that it imports from here."""
+    seen: dict[str, bytes] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = _SOURCES / f"{name}.py"
+        if name in seen or not path.exists():
+            continue
+        seen[name] = path.read_bytes()
+        text = seen[name].decode()
+        pending += re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
+        for names in re.findall(r"^\s*from \. import (.+)", text, re.MULTILINE):
+            pending += re.findall(r"\w+", names)
+    digest = hashlib.sha256()
+    for name in sorted(seen):
+        digest.update(name.encode() + hashlib.sha256(seen[name]).digest())
+    return digest.digest()
+
+
+@cache
+def _tool_versions() -> str:
+    versions = []
+    for package in ("numba", "llvmlite"):
+        try:
+            versions.append(version(package))
+        except PackageNotFoundError:
+            versions.append("absent")
+    return " ".join(versions)
+
+
+def object_path(name: str, target: Target, directory: Path) -> Path:
+    """Where the object of an operation lies, whether it is built or not."""
+    module, function, variant = parse_name(name)
+    digest = hashlib.sha256()
+    for module_ in (module, "compiler", target.lowering.partition(".")[0]):
+        digest.update(_source_hash(module_))
+    digest.update(repr((name, target, sorted(target.needs), _tool_versions())).encode())
+    stem = function if variant is None else f"{function}_{variant}"
+    return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.o"
+
+
+# --- the file form: a line of JSON, then the object --------------------------------------------
+def _read_object(path: Path) -> tuple[dict[str, Any], bytes] | None:
+    """Return header and object, or None where there is none that can be trusted."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if hasattr(os, "getuid") and (
+                status.st_uid not in (os.getuid(), 0)
+                or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            ):
+                return None
+            header = json.loads(file.readline(1 << 16))
+            code = file.read()
+    except (OSError, ValueError):
+        return None
+    if not isinstance(header, dict) or header.get("sha256") != hashlib.sha256(code).hexdigest():
+        return None
+    return header, code
+
+
+def _write_object(path: Path, header: dict[str, Any], code: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    header = header | {"sha256": hashlib.sha256(code).hexdigest()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)  # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(json.dumps(header).encode() + b"\n" + code)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# --- building (in a worker process) ---------------------------------------------------------------
+def _entry(name: str) -> tuple[Any, list[str], list[str]]:
+    """Return the Python function to compile, its record arguments and which of them are floats."""
+    import importlib
+    import inspect
+
+    module_name, function_name, variant = parse_name(name)
+    module = importlib.import_module(f"{__package__}.{module_name}")
+    function = getattr(module, function_name)
+    if variant is not None:
+        function = function(variant)
+    from .simd import inline, load_f32, load_i64
+
+    parameters = inspect.signature(function).parameters
+    arguments = list(parameters)
+    if arguments[: len(_COMMON)] != list(_COMMON):
+        return function, arguments, []
+    arguments = arguments[len(_COMMON) :]
+    floats = [a for a in arguments if parameters[a].annotation in (float, "float")]
+    from .layout import MAX_ARGUMENTS, RECORD_ARGUMENTS
+
+    assert len(arguments) <= MAX_ARGUMENTS, f"{name} takes more arguments than a record holds"
+    reads = [
+        f"{'load_f32' if a in floats else 'load_i64'}(record + {RECORD_ARGUMENTS + 8 * i})"
+        for i, a in enumerate(arguments)
+    ]
+    source = (
+        "def entry(step, record, part, first, count, scratch):\n"
+        f"    kernel({', '.join([*_COMMON, *reads])})\n"
+    )
+    space = {"kernel": inline(function), "load_f32": load_f32, "load_i64": load_i64}
+    exec(compile(source, f"<{name}>", "exec"), space)
+    return space["entry"], arguments, floats
+
+
+def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
+    """Compile one operation for one tier.
+
+    Raises: BuildError when the object would need a symbol from outside.
+    """
+    import importlib
+
+    import llvmlite.binding as llvm
+    from numba import int64, njit, void
+
+    from . import simd
+
+    module_name, _, class_name = target.lowering.partition(".")
+    lowering = importlib.import_module(f"{__package__}.{module_name}")
+    simd.lowering = getattr(lowering, class_name)
+
+    function, arguments, floats = _entry(name)
+    is_operation = function.__name__ == "entry"
+    n = 6 if is_operation else len(arguments)
+    signature = (void if is_operation else int64)(*[int64] * n)
+    dispatcher = njit(
+        signature, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
+    (compiled,) = dispatcher.overloads.values()
+    inner = compiled.fndesc.llvm_func_name
+    text = compiled.library.get_llvm_str()
+
+    symbol = re.sub(r"\W+", "_", name).strip("_")
+    taken = ", ".join(f"i64 %a{i}" for i in range(n))
+    text += (
+        f"\ndefine {'void' if is_operation else 'i64'} @{symbol}({taken}) {{\n"
+        "  %result = alloca i64\n  %error = alloca ptr\n"
+        f'  %status = call i32 @"{inner}"(ptr %result, ptr %error, {taken})\n'
+        + ("  ret void\n" if is_operation else "  %r = load i64, ptr %result\n  ret i64 %r\n")
+        + "}\n"
+    )
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=True
+    )
+    text = re.sub(r'target triple = "[^"]*"', f'target triple = "{target.triple}"', text)
+    layout = f'target datalayout = "{machine.target_data}"'
+    text = re.sub(r'target datalayout = "[^"]*"', layout, text)
+    # The loop passes must not turn copies into calls of memset and memcpy.
+    text = re.sub(r"^attributes #(\d+) = \{", r'attributes #\1 = { "no-builtins"', text, flags=re.M)
+    module = llvm.parse_assembly(text)
+    for global_ in [*module.functions, *module.global_variables]:
+        if global_.name != symbol and not global_.is_declaration:
+            global_.linkage = "internal"
+    builder = llvm.create_pass_builder(
+        machine, llvm.create_pipeline_tuning_options(speed_level=3)
+    )
+    builder.getModulePassManager().run(module, builder)
+    code = machine.emit_object(module)
+    missing = undefined_symbols(code)
+    if missing:
+        raise BuildError(f"{name} for {target.name} needs {', '.join(missing)} from outside")
+    return {"name": name, "symbol": symbol, "arguments": arguments, "floats": floats}, code
+
+
+def undefined_symbols(elf: bytes) -> list[str]:
+    """Names that a 64-bit little-endian ELF object expects others to define."""
+    from struct import iter_unpack, unpack_from
+
+    (table_offset,) = unpack_from("<Q", elf, 40)
+    entry_nbytes, n_sections = unpack_from("<HH", elf, 58)
+    sections = [
+        unpack_from("<IIQQQQIIQQ", elf, table_offset + i * entry_nbytes) for i in range(n_sections)
+    ]
+    names = []
+    for section in sections:
+        if section[1] != 2:  # SHT_SYMTAB
+            continue
+        strings = sections[section[6]][4]
+        table = elf[section[4] : section[4] + section[5]]
+        for name, _, _, index, _, _ in iter_unpack("<IBBHQQ", table):
+            if index == 0 and name:
+                start = strings + name
+                names.append(elf[start : elf.index(b"\0", start)].decode())
+    return names
+
+
+def serve_builds() -> None:
+    """Worker process: read names from stdin, build each, answer a line of JSON."""
+    target = TARGETS[sys.argv[1]]
+    directory = Path(sys.argv[2])
+    for line in sys.stdin:
+        name = line.strip()
+        try:
+            _write_object(object_path(name, target, directory), *build_object(name, target))
+            answer = {"name": name}
+        except Exception as error:
+            answer = {"name": name, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+def build(
+    names: Iterable[str],
+    target: Target,
+    directory: Path,
+    *,
+    n_processes: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Build the objects of `names` in parallel processes; `advance(1)` is called after each."""
+    # The costly ones first, so that no process is left with one at the end.
+    queue = sorted(names, key=lambda name: not name.startswith(("matmul", "attention")))
+    lock = threading.Lock()
+    problems: list[str] = []
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": target.cpu if target.machine == "x86_64" else "generic",
+        "NUMBA_CPU_FEATURES": target.features if target.machine == "x86_64" else "",
+        "NUMBA_OPT": "1",  # the module is optimised once, by build_object
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    program = f"from {__package__}.compiler import serve_builds; serve_builds()"
+    workers: list[subprocess.Popen[str]] = []
+
+    def drive(worker: subprocess.Popen[str]) -> None:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        while True:
+            with lock:
+                if not queue:
+                    break
+                name = queue.pop(0)
+            try:
+                worker.stdin.write(name + "\n")
+                worker.stdin.flush()
+                answer = json.loads(worker.stdout.readline() or '{"error": "the builder died"}')
+            except (OSError, ValueError) as error:
+                answer = {"error": str(error)}
+            if "error" in answer:
+                with lock:
+                    problems.append(f"{name}: {answer['error']}")
+                    queue.clear()
+            advance(1)
+
+    try:
+        for _ in range(max(1, min(n_processes, len(queue)))):
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", program, target.name, str(directory)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                    text=True,
+                )
+            )
+        threads = [threading.Thread(target=drive, args=(w,), daemon=True) for w in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # so that Ctrl-C is seen on every system
+                thread.join(0.1)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    if problems:
+        raise BuildError(problems[0])
+
+
+# --- loading --------------------------------------------------------------------------------------
+class Pack:
+    """The loaded operations of one tier. Keep it alive as long as anything may call into it."""
+
+    def __init__(self, target: Target, directory: Path) -> None:
+        import llvmlite.binding as llvm
+
+        self.target = target
+        self.directory = directory
+        self._operations: dict[str, Operation] = {}
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_triple(target.triple).create_target_machine(
+            cpu=target.cpu, features=target.features, reloc="pic", codemodel="small", jit=True
+        )
+        empty = llvm.parse_assembly(f'target triple = "{target.triple}"')
+        self._engine = llvm.create_mcjit_compiler(empty, machine)
+
+    def __getitem__(self, name: str) -> Operation:
+        return self._operations[name]
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Which of `names` have no sound object on disk."""
+        return [
+            name
+            for name in dict.fromkeys(names)
+            if name not in self._operations
+            and _read_object(object_path(name, self.target, self.directory)) is None
+        ]
+
+    def load(self, names: Iterable[str]) -> None:
+        """Load objects that `missing` no longer names.
+
+        Raises: BuildError when one is not there or damaged after all.
+        """
+        import llvmlite.binding as llvm
+
+        fresh = []
+        for name in dict.fromkeys(names):
+            if name in self._operations:
+                continue
+            found = _read_object(object_path(name, self.target, self.directory))
+            if found is None:
+                raise BuildError(f"the object of {name} is missing or damaged")
+            header, code = found
+            self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+            fresh.append((name, header))
+        self._engine.finalize_object()
+        for name, header in fresh:
+            self._operations[name] = Operation(
+                self._engine.get_function_address(header["symbol"]),
+                tuple(header["arguments"]),
+                frozenset(header["floats"]),
+            )
+
+    def function(self, name: str) -> Callable[..., int]:
+        """A loaded function of 64-bit integers as a Python callable; it runs without the GIL."""
+        operation = self[name]
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(operation.arguments))
+        return prototype(operation.address)

@@ -1,0 +1,108 @@
+"""Lowering that runs anywhere LLVM does: the operations of `simd.py` whose best form depends on the CPU.
+
+Each function takes an IR builder and values and returns a value.  Other tiers override what they do
+better (`x86.py`).  Nothing here may become a call to a C library: objects have no external symbols.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+i8, i16, i32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+f32 = ir.FloatType()
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def splat(element: ir.Type, lanes: int, value: float) -> ir.Constant:
+    return ir.Constant(vector(element, lanes), [value] * lanes)
+
+
+def shuffle(builder: ir.IRBuilder, value: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(value, value, ir.Constant(vector(i32, len(lanes)), lanes))
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic."""
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, function_type, name)
+    return builder.call(function, args)
+
+
+class Generic:
+    """Plain IR. Sums of products accumulate in i32 (`pairs` is <8 x i32>)."""
+
+    pairs_type = vector(i32, 8)
+
+    @staticmethod
+    def pairs_add(builder, acc, w, y):
+        """acc + products of u8 and i8, four neighbours summed into each i32 lane."""
+        wide = vector(i32, 32)
+        product = builder.mul(builder.zext(w, wide), builder.sext(y, wide))
+        for lanes in (16, 8):
+            halves = [
+                shuffle(builder, product, list(range(k, 2 * lanes, 2))) for k in (0, 1)
+            ]
+            product = builder.add(*halves)
+        return builder.add(acc, product)
+
+    @staticmethod
+    def pairs_sum(builder, acc):
+        return acc
+
+    @staticmethod
+    def fma(builder, a, b, c):
+        return builder.fadd(builder.fmul(a, b), c)
+
+    @staticmethod
+    def f16_to_f32(builder, bits):
+        """<8 x i16> bits of f16 to f32, without an instruction or a library call for it."""
+        wide = builder.zext(bits, vector(i32, 8))
+        sign = builder.shl(builder.and_(wide, splat(i32, 8, 0x8000)), splat(i32, 8, 16))
+        magnitude = builder.shl(builder.and_(wide, splat(i32, 8, 0x7FFF)), splat(i32, 8, 13))
+        scaled = builder.fmul(
+            builder.bitcast(magnitude, vector(f32, 8)), splat(f32, 8, 2.0**112)
+        )
+        exponent_full = builder.icmp_unsigned(">=", magnitude, splat(i32, 8, 0x1F << 23))
+        infinite = builder.or_(magnitude, splat(i32, 8, 0x7F800000))
+        value = builder.select(exponent_full, infinite, builder.bitcast(scaled, vector(i32, 8)))
+        return builder.bitcast(builder.or_(value, sign), vector(f32, 8))
+
+    @staticmethod
+    def f32_to_f16(builder, value):
+        """<8 x f32> in the range of f16 to bits of f16, rounded to nearest even."""
+        bits = builder.bitcast(value, vector(i32, 8))
+        sign = builder.and_(builder.lshr(bits, splat(i32, 8, 16)), splat(i32, 8, 0x8000))
+        magnitude = builder.and_(bits, splat(i32, 8, 0x7FFFFFFF))
+        odd = builder.and_(builder.lshr(magnitude, splat(i32, 8, 13)), splat(i32, 8, 1))
+        rounded = builder.add(
+            builder.add(magnitude, odd), splat(i32, 8, 0xFFF - (112 << 23))
+        )
+        normal = builder.lshr(rounded, splat(i32, 8, 13))
+        # Below 2^-14 the sum with 0.5 leaves the subnormal's bits, rounded, at the end.
+        half = builder.fadd(builder.bitcast(magnitude, vector(f32, 8)), splat(f32, 8, 0.5))
+        small = builder.sub(
+            builder.bitcast(half, vector(i32, 8)), splat(i32, 8, 0x3F000000)
+        )
+        tiny = builder.icmp_unsigned("<", magnitude, splat(i32, 8, 113 << 23))
+        result = builder.or_(builder.select(tiny, small, normal), sign)
+        return builder.trunc(result, vector(i16, 8))
+
+    @staticmethod
+    def table16(builder, table, index):
+        """Look up <16 x i8> indices 0..15 in a <16 x i8> table."""
+        result = ir.Constant(vector(i8, 16), ir.Undefined)
+        for lane in range(16):
+            at = builder.extract_element(index, i32(lane))
+            result = builder.insert_element(
+                result, builder.extract_element(table, builder.zext(at, i32)), i32(lane)
+            )
+        return result
+
+    @staticmethod
+    def pause(builder):
+        builder.fence("seq_cst")

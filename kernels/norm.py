@@ -1,0 +1,40 @@
+"""RMS normalisation, with what usually stands around it: a residual, and the byte form of the result.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .quantize import quantize_row
+from .simd import *
+
+
+def rms_norm(
+    step, part, first, count, scratch,
+    out, out_stride, q8, q8_stride, x, x_stride, add, n_groups, width, weight, eps: float,
+):  # fmt: skip
+    """out = add + x / sqrt(mean(x^2) + eps) * weight over groups of `width`; q8 its byte form.
+
+    `width` is a multiple of 8, or n_groups is 1 and the columns after it are zero; `q8` and `add`
+    may be 0.
+    """
+    n_vectors = (width + 7) // 8
+    for t in range(first, first + count):
+        for group in range(n_groups):
+            at = x + t * x_stride + group * width * 4
+            to = out + t * out_stride + group * width * 4
+            squares = zero_f32x8()
+            for i in range(n_vectors):
+                v = load_f32x8(at + i * 32)
+                squares = fma(v, v, squares)
+            mean = sum_lanes(squares) / np.float32(width)
+            scale = splat_f32(np.float32(1.0) / sqrt_f32(mean + eps))
+            for i in range(n_vectors):
+                v = load_f32x8(at + i * 32) * scale * load_f32x8(weight + i * 32)
+                if add != 0:
+                    v = load_f32x8(add + t * x_stride + group * width * 4 + i * 32) + v
+                store_f32x8(to + i * 32, v)
+        if q8 != 0:
+            quantize_row(q8 + t * q8_stride, out + t * out_stride, out_stride // 128)

@@ -1,0 +1,150 @@
+"""The interpreter: every thread of the team runs the same table of operations over the same step.
+
+An operation is cut into chunks (a part of the rows x some tokens); threads claim chunks from a counter
+word and the operation is over when its chunks are done, not when every thread has arrived.  The word
+is `epoch << 40 | claimed << 20 | done`: a thread that was asleep since an earlier launch finds another
+epoch, can claim nothing, and leaves.  That is why `launch` turns the counters before it publishes the
+step.
+"""
+
+from __future__ import annotations
+
+from .layout import (
+    CLAIM,
+    COUNT_MASK,
+    COUNTER_NBYTES,
+    EPOCH_MASK,
+    EPOCH_SHIFT,
+    RECORD_COUNT,
+    RECORD_FUNCTION,
+    RECORD_NBYTES,
+    RECORD_PARTS,
+    RECORD_TOKENS,
+    RECORD_WAIT,
+    STEP_NBYTES,
+    TEAM_COUNTERS,
+    TEAM_EPOCH,
+    TEAM_FIRST,
+    TEAM_LAST,
+    TEAM_SCRATCH,
+    TEAM_SCRATCH_NBYTES,
+    TEAM_SLEEP,
+    TEAM_SLEEP_UNITS,
+    TEAM_STEP,
+    TEAM_STOP,
+    TEAM_TABLE,
+    TEAM_YIELD,
+)
+from .simd import *
+from .simd import inline
+
+SPINS = 4000  # pauses before the processor is offered to others: about 50 us
+YIELDS = 2000  # yields before sleeping: about a millisecond on a quiet machine
+
+
+@inline
+def back_off(team, n_waits):
+    """Wait a little, more politely the longer it lasts."""
+    if n_waits < SPINS:
+        pause()
+    elif n_waits < SPINS + YIELDS:
+        call_yield(load_i64(team + TEAM_YIELD))
+    else:
+        call_sleep(load_i64(team + TEAM_SLEEP), load_i64(team + TEAM_SLEEP_UNITS))
+
+
+@inline
+def n_chunks_of(record, step):
+    per_chunk = load_i64(record + RECORD_TOKENS)
+    n_tokens = load_i64(step + load_i64(record + RECORD_COUNT))
+    return load_i64(record + RECORD_PARTS) * ((n_tokens + per_chunk - 1) // per_chunk)
+
+
+@inline
+def wait_for(team, counter, epoch, n_chunks):
+    """Return 1 when the operation is done, 0 when its launch is over."""
+    n_waits = 0
+    while True:
+        word = load_acquire(counter)
+        if word >> EPOCH_SHIFT != epoch:
+            return 0
+        if word & COUNT_MASK >= n_chunks:
+            return 1
+        back_off(team, n_waits)
+        n_waits += 1
+
+
+@inline
+def run_table(team, epoch, first, last, thread):
+    table = load_i64(team + TEAM_TABLE)
+    counters = load_i64(team + TEAM_COUNTERS)
+    step = load_i64(team + TEAM_STEP)
+    scratch = load_i64(team + TEAM_SCRATCH) + thread * load_i64(team + TEAM_SCRATCH_NBYTES)
+    done = first
+    for index in range(first, last):
+        record = table + index * RECORD_NBYTES
+        counter = counters + index * COUNTER_NBYTES
+        need = load_i64(record + RECORD_WAIT)
+        while done < need:
+            n_chunks = n_chunks_of(table + done * RECORD_NBYTES, step)
+            if wait_for(team, counters + done * COUNTER_NBYTES, epoch, n_chunks) == 0:
+                return
+            done += 1
+        parts = load_i64(record + RECORD_PARTS)
+        per_chunk = load_i64(record + RECORD_TOKENS)
+        n_tokens = load_i64(step + load_i64(record + RECORD_COUNT))
+        n_chunks = n_chunks_of(record, step)
+        function = load_i64(record + RECORD_FUNCTION)
+        while True:
+            word = load_acquire(counter)
+            if word >> EPOCH_SHIFT != epoch:
+                return
+            chunk = (word // CLAIM) & COUNT_MASK
+            if chunk >= n_chunks:
+                break
+            if compare_exchange(counter, word, word + CLAIM) == 1:
+                token = (chunk // parts) * per_chunk
+                call_operation(
+                    function, step, record, chunk % parts,
+                    token, min(per_chunk, n_tokens - token), scratch,
+                )  # fmt: skip
+                atomic_add(counter, 1)
+    while done < last:
+        n_chunks = n_chunks_of(table + done * RECORD_NBYTES, step)
+        if wait_for(team, counters + done * COUNTER_NBYTES, epoch, n_chunks) == 0:
+            return
+        done += 1
+
+
+def launch(team, staged, first, last):
+    """Run operations [first, last) on the step at `staged`; the caller is thread 0."""
+    epoch = (load_i64(team + TEAM_EPOCH) + 1) & EPOCH_MASK
+    counters = load_i64(team + TEAM_COUNTERS)
+    for index in range(first, last):
+        store_release(counters + index * COUNTER_NBYTES, epoch << EPOCH_SHIFT)
+    step = load_i64(team + TEAM_STEP)
+    for i in range(0, STEP_NBYTES, 8):
+        store_release(step + i, load_i64(staged + i))
+    store_release(team + TEAM_FIRST, first)
+    store_release(team + TEAM_LAST, last)
+    store_release(team + TEAM_EPOCH, epoch)
+    run_table(team, epoch, first, last, 0)
+    return 0
+
+
+def work(team, thread, n_sleeps):
+    """Serve launches until the team stops (returns 1) or nothing came for `n_sleeps` naps (0)."""
+    seen = load_acquire(team + TEAM_EPOCH) - 1
+    n_waits = 0
+    while load_acquire(team + TEAM_STOP) == 0:
+        epoch = load_acquire(team + TEAM_EPOCH)
+        if epoch != seen:
+            seen = epoch
+            n_waits = 0
+            run_table(team, epoch, load_i64(team + TEAM_FIRST), load_i64(team + TEAM_LAST), thread)
+        else:
+            back_off(team, n_waits)
+            n_waits += 1
+            if n_waits > SPINS + YIELDS + n_sleeps:
+                return 0
+    return 1
