@@ -15,7 +15,6 @@ STEP_IDS = 16  # address, i32 (T,)
 STEP_POSITIONS = 24  # address, i32 (T,)
 STEP_TABLES = 32  # address, i64 (T,): address of the i32 page table of each token's sequence
 STEP_OUT_ROWS = 40  # address, i32 (n_out,): token index of each wanted row
-STEP_LOGITS = 48  # address, f32 (n_out, padded V)
 STEP_NBYTES = 64
 
 # --- an operation record --------------------------------------------------------------------------

@@ -1,0 +1,470 @@
+"""A forward pass becomes a flat table of operation records over an arena.
+
+`compile_program` fuses (residual sums into projections and norms, byte forms into whatever feeds an
+integer format), gives every tensor a slot of the arena, and says for every record which records must
+be complete before it: independent ones, like q, k and v, run without a wait between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from edgellama.kernels import layout
+from edgellama.kernels.blocks import FORMATS
+from edgellama.kernels.compiler import Pack
+from edgellama.kernels.repack import padded
+from edgellama.models.builder import Builder, Node, Tensor
+from edgellama.models.config import ModelConfig, RopeConfig
+
+INTEGER_FORMATS = frozenset(FORMATS) - {"f32", "f16", "bf16", "q8_0", "iq4_nl", "iq4_xs"}
+"""Formats whose kernels take activations as bytes; the others take floats."""
+
+_ALL_TOKENS = 1 << 30
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A piece of the arena: `n_rows` rows of `stride` bytes."""
+
+    stride: int
+    of_out_rows: bool
+    last_writer: int = -1
+    readers: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The address of a tensor of the file, filled in when the program is bound."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The address of a layer's pages."""
+
+    layer: int
+
+
+Argument = int | float | Slot | Weight | Cache | RopeConfig
+
+
+@dataclass(slots=True)
+class Record:
+    """One operation of the table before addresses are known."""
+
+    operation: str
+    arguments: dict[str, Argument]
+    parts: int = 1
+    tokens: int = 8
+    of_out_rows: bool = False
+    wait: int = 0
+    n_macs: int = 0  # per token
+
+
+class KVShape(Protocol):
+    """What a program needs to know of the cache."""
+
+    kv_type: str
+    head_nbytes: int
+
+    def layer_address(self, layer: int) -> int: ...
+
+
+class Program:
+    """Records, slots and where the head begins."""
+
+    def __init__(self, builder: Builder, logits: Tensor, kv_type: str, *, fuse: bool = True):
+        self.config: ModelConfig = builder.config
+        self.records: list[Record] = []
+        self.slots: list[Slot] = []
+        self.kv_type = kv_type
+        self.head_first = 0
+        self._builder = builder
+        self._fuse = fuse
+        self._free: list[Slot] = []
+        self._floats: dict[Tensor, Slot] = {}
+        self._bytes: dict[Tensor, Slot] = {}
+        self._uses: dict[Tensor, int] = {}
+        self._kv = Slot(0, False)  # stands for the cache in the order of records
+        for node in builder.nodes:
+            for tensor in node.inputs:
+                self._uses[tensor] = self._uses.get(tensor, 0) + 1
+        nodes = list(builder.nodes)
+        while nodes:
+            self._lower(nodes)
+        self.logits = self._floats[logits]
+
+    # --- slots ------------------------------------------------------------------------------------
+    def _slot(self, stride: int, of_out_rows: bool) -> Slot:
+        for i, slot in enumerate(self._free):
+            if slot.stride == stride and slot.of_out_rows == of_out_rows:
+                return self._free.pop(i)
+        slot = Slot(stride, of_out_rows)
+        self.slots.append(slot)
+        return slot
+
+    def _float_slot(self, tensor: Tensor) -> Slot:
+        slot = self._slot(padded(tensor.width) * 4, tensor.of_out_rows)
+        self._floats[tensor] = slot
+        return slot
+
+    def _byte_slot(self, tensor: Tensor) -> Slot:
+        slot = self._slot(padded(tensor.width) * 3 // 2, tensor.of_out_rows)
+        self._bytes[tensor] = slot
+        return slot
+
+    def _used(self, *tensors: Tensor) -> None:
+        """Count a use; after the last one the tensor's slots are free again."""
+        for tensor in tensors:
+            self._uses[tensor] -= 1
+            if self._uses[tensor] == 0:
+                for slots in (self._floats, self._bytes):
+                    slot = slots.pop(tensor, None)
+                    if slot is not None and slot not in self._floats.values():
+                        self._free.append(slot)
+
+    # --- records ----------------------------------------------------------------------------------
+    def _record(self, record: Record, reads: Sequence[Slot], writes: Sequence[Slot]) -> None:
+        """Append a record that must wait for whoever wrote what it reads or uses what it writes."""
+        index = len(self.records)
+        before = [slot.last_writer for slot in (*reads, *writes)]
+        before += [reader for slot in writes for reader in slot.readers]
+        record.wait = max(before, default=-1) + 1
+        for slot in reads:
+            slot.readers.append(index)
+        for slot in writes:
+            slot.last_writer = index
+            slot.readers = []
+        self.records.append(record)
+
+    def _format(self, weight: str) -> str:
+        return self._builder.tensors[weight].type_name
+
+    def _wants_bytes(self, tensor: Tensor, nodes: Sequence[Node]) -> bool:
+        return any(
+            node.kind == "linear"
+            and node.inputs[0] is tensor
+            and self._format(node.weight) in INTEGER_FORMATS
+            for node in nodes
+        )
+
+    def _lower(self, nodes: list[Node]) -> None:
+        """Turn the next node, and what is fused with it, into records."""
+        node = nodes.pop(0)
+        add = self._fusable_add(node, nodes)
+        if add is not None:
+            nodes.remove(add)
+        getattr(self, f"_lower_{node.kind}")(node, nodes, add)
+
+    def _fusable_add(self, node: Node, nodes: Sequence[Node]) -> Node | None:
+        """The sum x + node that can be written in place of x: nobody else reads either."""
+        following = nodes[0] if nodes else None
+        if (
+            self._fuse
+            and node.kind in ("linear", "rms_norm")
+            and following is not None
+            and following.kind == "add"
+            and following.inputs[1] is node.output
+            and self._uses[node.output] == 1
+            and self._uses[following.inputs[0]] == 1
+        ):
+            return following
+        return None
+
+    def _lower_embed(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        out = self._float_slot(node.output)
+        self._record(
+            Record(
+                f"matmul.embed[{self._format(node.weight)}]",
+                {
+                    "out": out, "out_stride": out.stride, "w": Weight(node.weight),
+                    "n_blocks": out.stride // 128, "factor": float(node.settings["scale"]),
+                },
+            ),
+            (), (out,),
+        )  # fmt: skip
+
+    def _lower_rms_norm(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
+        (x,) = node.inputs
+        source = self._floats[x]
+        group = node.settings["group"]
+        result = node.output if add is None else add.output
+        residual = None if add is None else self._floats[add.inputs[0]]
+        if residual is not None:
+            out = self._floats[result] = residual
+        elif group < x.width:
+            out = self._floats[result] = source  # heads are normalised in place
+            assert self._uses[x] == 1, f"{x.name} is used after it was normalised in place"
+        else:
+            out = self._float_slot(result)
+        q8 = None
+        if self._fuse and group == x.width and self._wants_bytes(result, nodes):
+            q8 = self._byte_slot(result)
+        self._record(
+            Record(
+                "norm.rms_norm",
+                {
+                    "out": out, "out_stride": out.stride,
+                    "q8": q8 or 0, "q8_stride": q8.stride if q8 else 0,
+                    "x": source, "x_stride": source.stride, "add": residual or 0,
+                    "n_groups": x.width // group, "width": group,
+                    "weight": Weight(node.weight), "eps": self.config.norm_eps,
+                },
+                of_out_rows=x.of_out_rows,
+            ),
+            (source,), (out, *([q8] if q8 else [])),
+        )  # fmt: skip
+        self._used(x)
+        if add is not None:
+            self._used(*add.inputs)
+
+    def _byte_form(self, tensor: Tensor) -> Slot:
+        """The byte form of a tensor, made by a record of its own where nothing has written it."""
+        if tensor not in self._bytes:
+            source = self._floats[tensor]
+            out = self._byte_slot(tensor)
+            self._record(
+                Record(
+                    "quantize.quantize",
+                    {
+                        "out": out, "out_stride": out.stride, "x": source,
+                        "x_stride": source.stride, "n_blocks": source.stride // 128,
+                    },
+                    of_out_rows=tensor.of_out_rows,
+                ),
+                (source,), (out,),
+            )  # fmt: skip
+        return self._bytes[tensor]
+
+    def _lower_linear(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
+        (x,) = node.inputs
+        format_name = self._format(node.weight)
+        source = self._byte_form(x) if format_name in INTEGER_FORMATS else self._floats[x]
+        if add is None:
+            out = self._float_slot(node.output)
+        else:
+            out = self._floats[add.output] = self._floats[add.inputs[0]]
+        n_cols, n_rows = self._builder.tensors[node.weight].shape
+        n_strips = padded(n_rows) // layout.STRIP
+        per_part = -(-n_strips // 64)
+        self._record(
+            Record(
+                f"matmul.project[{format_name}]",
+                {
+                    "out": out, "out_stride": out.stride, "x": source, "x_stride": source.stride,
+                    "w": Weight(node.weight), "bias": Weight(node.bias) if node.bias else 0,
+                    "n_blocks": padded(n_cols) // 32, "n_strips": n_strips,
+                    "per_part": per_part, "residual": int(add is not None),
+                },
+                parts=-(-n_strips // per_part),
+                tokens=_ALL_TOKENS,
+                of_out_rows=x.of_out_rows,
+                n_macs=n_rows * n_cols,
+            ),
+            (source,), (out,),
+        )  # fmt: skip
+        self._used(x)
+        if add is not None:
+            self._used(*add.inputs)
+
+    def _lower_rope(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        (x,) = node.inputs
+        assert self._uses[x] == 1, f"{x.name} is used after it was rotated in place"
+        slot = self._floats[node.output] = self._floats[x]
+        rope: RopeConfig = node.settings["rope"]
+        n_heads = node.settings["n_heads"]
+        self._record(
+            Record(
+                "rope.rope",
+                {
+                    "x": slot, "x_stride": slot.stride, "n_heads": n_heads,
+                    "head_size": x.width // n_heads, "n_dims": rope.n_dims, "table": rope,
+                    "neox": int(rope.kind == "neox"),
+                },
+            ),
+            (slot,), (slot,),
+        )  # fmt: skip
+        self._used(x)
+
+    def _lower_store_kv(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        k, v = node.inputs
+        self._record(
+            Record(
+                f"attention.store_kv[{self.kv_type}]",
+                {
+                    "k": self._floats[k], "k_stride": self._floats[k].stride,
+                    "v": self._floats[v], "v_stride": self._floats[v].stride,
+                    "cache": Cache(node.settings["layer"]), "head_nbytes": Cache(-1),
+                    "n_heads": self.config.n_kv_heads, "head_size": self.config.head_size,
+                },
+            ),
+            (self._floats[k], self._floats[v]), (self._kv,),
+        )  # fmt: skip
+        self._used(k, v)
+
+    def _lower_attend(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        q, stored = node.inputs
+        out = self._float_slot(node.output)
+        c = self.config
+        self._record(
+            Record(
+                f"attention.attend[{self.kv_type}]",
+                {
+                    "out": out, "out_stride": out.stride,
+                    "q": self._floats[q], "q_stride": self._floats[q].stride,
+                    "cache": Cache(node.settings["layer"]), "head_nbytes": Cache(-1),
+                    "n_group": c.n_heads // c.n_kv_heads, "head_size": c.head_size,
+                    "window": node.settings["window"], "scale": float(node.settings["scale"]),
+                    "cap": float(node.settings["soft_cap"]),
+                },
+                parts=c.n_kv_heads,
+            ),
+            (self._floats[q], self._kv), (out,),
+        )  # fmt: skip
+        self._used(q, stored)
+
+    def _lower_gated(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        gate, up = (self._floats[tensor] for tensor in node.inputs)
+        out = self._float_slot(node.output)
+        q8 = None
+        if self._fuse and self._wants_bytes(node.output, nodes):
+            q8 = self._byte_slot(node.output)
+        self._record(
+            Record(
+                f"activation.gated[{node.settings['function']}]",
+                {
+                    "out": out, "out_stride": out.stride,
+                    "q8": q8 or 0, "q8_stride": q8.stride if q8 else 0,
+                    "gate": gate, "up": up, "stride": gate.stride,
+                },
+            ),
+            (gate, up), (out, *([q8] if q8 else [])),
+        )  # fmt: skip
+        self._used(*node.inputs)
+
+    def _lower_add(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        x, y = (self._floats[tensor] for tensor in node.inputs)
+        out = self._float_slot(node.output)
+        arguments: dict[str, Argument] = {"out": out, "x": x, "y": y, "stride": out.stride}
+        self._record(
+            Record("activation.add", arguments, of_out_rows=node.output.of_out_rows),
+            (x, y), (out,),
+        )  # fmt: skip
+        self._used(*node.inputs)
+
+    def _lower_take(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        source = self._floats[node.inputs[0]]
+        self.head_first = len(self.records)
+        # The head runs again for every block of wanted rows: it must leave the body's slots alone.
+        self._free = [slot for slot in self._free if slot.of_out_rows]
+        out = self._float_slot(node.output)
+        self._record(
+            Record(
+                "activation.take",
+                {"out": out, "x": source, "stride": out.stride},
+                of_out_rows=True,
+            ),
+            (source,), (out,),
+        )  # fmt: skip
+
+    def _lower_soft_cap(self, node: Node, nodes: Sequence[Node], add: None) -> None:
+        slot = self._floats[node.output] = self._floats[node.inputs[0]]
+        arguments: dict[str, Argument] = {
+            "x": slot, "stride": slot.stride, "cap": float(node.settings["cap"]),
+        }  # fmt: skip
+        self._record(
+            Record("activation.soft_cap", arguments, of_out_rows=node.output.of_out_rows),
+            (slot,), (slot,),
+        )  # fmt: skip
+        self._used(*node.inputs)
+
+    # --- what the runtime asks --------------------------------------------------------------------
+    @property
+    def operations(self) -> list[str]:
+        """Names of the operations to build and load."""
+        return list(dict.fromkeys(record.operation for record in self.records))
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the tensors to load."""
+        arguments = (a for record in self.records for a in record.arguments.values())
+        return list(dict.fromkeys(a.name for a in arguments if isinstance(a, Weight)))
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that the largest operation needs per thread."""
+        most = 4096
+        for record in self.records:
+            a = record.arguments
+            if record.operation.startswith("matmul.project"):
+                most = max(most, int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
+            if record.operation.startswith("attention.attend"):
+                most = max(most, 1024 + 48 * int(a["head_size"]))  # type: ignore[arg-type]
+        return most
+
+    def bind(
+        self,
+        pack: Pack,
+        weights: object,
+        cache: KVShape,
+        ropes: dict[RopeConfig, np.ndarray],
+        *,
+        n_batch: int,
+        n_out: int,
+    ) -> BoundProgram:
+        """Lay out the arena and write the table."""
+        sizes = [slot.stride * (n_out if slot.of_out_rows else n_batch) for slot in self.slots]
+        offsets = np.cumsum([0, *(padded(size, 64) for size in sizes)])
+        arena = np.zeros(int(offsets[-1]) + 64, np.uint8)
+        base = -(-arena.ctypes.data // 64) * 64
+        address = {slot: base + int(o) for slot, o in zip(self.slots, offsets, strict=False)}
+
+        def value(argument: Argument) -> int | float:
+            match argument:
+                case Slot():
+                    return address[argument]
+                case Weight(name):
+                    return weights.address(name)  # type: ignore[attr-defined]
+                case Cache(-1):
+                    return cache.head_nbytes
+                case Cache(layer):
+                    return cache.layer_address(layer)
+                case RopeConfig():
+                    return ropes[argument].ctypes.data
+                case _:
+                    return argument
+
+        table = np.zeros((len(self.records), layout.RECORD_NBYTES // 8), np.int64)
+        for row, record in zip(table, self.records, strict=True):
+            operation = pack[record.operation]
+            assert set(record.arguments) == set(operation.arguments), record.operation
+            row[layout.RECORD_FUNCTION // 8] = operation.address
+            row[layout.RECORD_PARTS // 8] = record.parts
+            row[layout.RECORD_TOKENS // 8] = record.tokens
+            count = layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS
+            row[layout.RECORD_COUNT // 8] = count
+            row[layout.RECORD_WAIT // 8] = record.wait
+            for i, name in enumerate(operation.arguments, layout.RECORD_ARGUMENTS // 8):
+                argument = value(record.arguments[name])
+                if name in operation.floats:
+                    row[i : i + 1].view(np.float32)[0] = argument
+                else:
+                    row[i] = argument
+        logits = address[self.logits] - arena.ctypes.data
+        rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)
+        return BoundProgram(self, table, arena, rows.reshape(n_out, -1))
+
+
+@dataclass(slots=True)
+class BoundProgram:
+    """A program with its addresses: the table, the arena, and the rows where logits appear."""
+
+    program: Program
+    table: np.ndarray
+    arena: np.ndarray
+    logits: np.ndarray

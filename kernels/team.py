@@ -1,0 +1,133 @@
+"""The thread team: n-1 Python threads that live inside native code and serve launches.
+
+The caller is thread 0. Between launches a worker spins, then yields, then naps; after a second it
+returns to Python and sleeps on a semaphore at no cost.  How chunks are shared out is in `step.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import sys
+import threading
+import weakref
+
+import numpy as np
+
+from . import layout
+from .compiler import Pack
+
+NAMES = ("step.launch", "step.work")
+_NAPS_BEFORE_PARKING = 10_000  # of 100 us
+
+
+def _system_waits() -> tuple[int, int, int]:
+    """Addresses of yield() and sleep(units), and the units of a nap of about 100 us."""
+    if sys.platform == "win32":
+        kernel = ctypes.WinDLL("kernel32")
+        return _address(kernel.SwitchToThread), _address(kernel.Sleep), 1
+    library = ctypes.CDLL(None)
+    return _address(library.sched_yield), _address(library.usleep), 100
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+class Team:
+    """`n_threads` threads that run tables of operations.
+
+    A team notices that it is in a forked child, where its threads do not exist, and starts new ones.
+    """
+
+    def __init__(self, pack: Pack, n_threads: int, scratch_nbytes: int) -> None:
+        self.n_threads = n_threads
+        self._launch = pack.function("step.launch")
+        self._work = pack.function("step.work")
+        self._words = np.zeros(layout.TEAM_NBYTES // 8 + 8, np.int64)
+        self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
+        scratch_nbytes = -(-scratch_nbytes // 4096) * 4096
+        self._scratch = np.zeros(n_threads * scratch_nbytes + 64, np.uint8)
+        self._counters = np.zeros(0, np.int64)
+        self._table: object = None
+        waits = _system_waits()
+        self._set(layout.TEAM_STEP, self._step.ctypes.data)
+        self._set(layout.TEAM_SCRATCH, -(-self._scratch.ctypes.data // 64) * 64)
+        self._set(layout.TEAM_SCRATCH_NBYTES, scratch_nbytes)
+        self._set(layout.TEAM_YIELD, waits[0])
+        self._set(layout.TEAM_SLEEP, waits[1])
+        self._set(layout.TEAM_SLEEP_UNITS, waits[2])
+        self._start()
+        _teams.add(self)
+
+    def _set(self, field: int, value: int) -> None:
+        self._words[field // 8] = value
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._set(layout.TEAM_STOP, 0)
+        self._wake = threading.Semaphore(0)
+        self._n_parked = 0
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(
+                target=self._serve, args=(i,), daemon=True, name=f"edgellama-{i}"
+            )
+            for i in range(1, self.n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self, thread: int) -> None:
+        address = self._words.ctypes.data
+        while self._work(address, thread, _NAPS_BEFORE_PARKING) == 0:
+            epoch = self._words[0]
+            with self._lock:
+                self._n_parked += 1
+            if self._words[0] == epoch and not self._words[layout.TEAM_STOP // 8]:
+                self._wake.acquire()
+            else:
+                with self._lock:
+                    self._n_parked -= 1
+
+    def use(self, table: np.ndarray) -> None:
+        """Take the operation table (n, RECORD_NBYTES / 8) that launches run."""
+        self._table = table
+        self._counters = np.zeros(len(table) * layout.COUNTER_NBYTES // 8 + 8, np.int64)
+        self._set(layout.TEAM_COUNTERS, -(-self._counters.ctypes.data // 64) * 64)
+        self._set(layout.TEAM_TABLE, table.ctypes.data)
+
+    def run(self, step: np.ndarray, first: int, last: int) -> None:
+        """Run operations [first, last) of the table on a step, on all threads."""
+        if self._pid != os.getpid():
+            self._start()
+        if self._n_parked:
+            with self._lock:
+                n, self._n_parked = self._n_parked, 0
+            if n > 0:
+                self._wake.release(n)
+        self._launch(self._words.ctypes.data, step.ctypes.data, first, last)
+
+    def close(self) -> None:
+        """Stop and join the threads."""
+        self._set(layout.TEAM_STOP, 1)
+        if self._pid == os.getpid():
+            self._wake.release(self.n_threads)
+            for thread in self._threads:
+                thread.join()
+        self._threads = []
+        _teams.discard(self)
+
+
+_teams: weakref.WeakSet[Team] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for team in list(_teams):
+        team.close()
+
+
+# Before the interpreter is torn down: a daemon thread in native code would otherwise be cut off
+# while it touches memory that is being freed.
+atexit.register(_close_all)
