@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, and the writing of new keys and values into it.
 
 A page holds 32 positions of one head: keys transposed, so that lanes are positions and scores need no
-sums across lanes, then values:   K (E, 32) | V (32, E).
+sums across lanes, then values:   K (E, 32) | V (32, E), with E padded to a multiple of 32.
 Rows (a row = one query head of one token) run over the pages in order with an online softmax, 32
 positions at a time; six rows of a sequence share every load of keys and values.  What a row computes
 does not depend on its neighbours: pages it may not see change nothing (their weights are exactly 0).
@@ -43,15 +43,15 @@ def store_kv(kv_type):
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
         tables = load_i64(step + STEP_TABLES)
-        page_nbytes = 2 * PAGE * head_size * size
+        wide = (head_size + 31) // 32 * 32
         limit = splat_f32(np.float32(65504.0))
         for t in range(first, first + count):
             position = load_i32(positions + 4 * t)
             page = load_i32(load_i64(tables + 8 * t) + 4 * (position // PAGE))
             slot = position % PAGE
             for head in range(n_heads):
-                at = cache + head * head_nbytes + page * page_nbytes
-                values = at + (PAGE + slot) * head_size * size
+                at = cache + head * head_nbytes + page * 2 * PAGE * wide * size
+                values = at + (PAGE + slot) * wide * size
                 key = k + t * k_stride + head * head_size * 4
                 value = v + t * v_stride + head * head_size * 4
                 for i in range(0, head_size, 8):
@@ -208,8 +208,10 @@ def attend(kv_type):
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
         tables = load_i64(step + STEP_TABLES)
-        keys_nbytes = PAGE * head_size * size
-        row_nbytes = head_size * 4
+        wide = (head_size + 31) // 32 * 32
+        keys_nbytes = PAGE * wide * size
+        head_nbytes_f32 = head_size * 4
+        row_nbytes = wide * 4
         n_rows = count * n_group
         # scratch: zeros | factors | state (maximum, sum) x 6 | scores (6, 32) | q, sums (6, E) each
         zeros = scratch
@@ -240,9 +242,10 @@ def attend(kv_type):
                 position = load_i32(positions + 4 * t)
                 high = max(high, position + 1)
                 low = min(low, position + 1 - window) if window > 0 else 0
-                source = q + t * q_stride + head * row_nbytes
-                for i in range(0, row_nbytes, 32):
+                source = q + t * q_stride + head * head_nbytes_f32
+                for i in range(0, head_nbytes_f32, 32):
                     store_f32x8(queries + r * row_nbytes + i, load_f32x8(source + i))
+                for i in range(0, row_nbytes, 32):
                     store_f32x8(sums + r * row_nbytes + i, zero_f32x8())
                 store_f32(state + r * 8, _LOWEST)
                 store_f32(state + r * 8 + 4, np.float32(0.0))
@@ -272,24 +275,24 @@ def attend(kv_type):
                     )  # fmt: skip
                 values = at + keys_nbytes
                 if n == ROWS:
-                    for c in range(0, head_size, 16):
+                    for c in range(0, wide, 16):
                         tile6(
                             sums + c * 4, row_nbytes, scores, PAGE * 4, factors,
-                            values + c * size, head_size * size, PAGE,
+                            values + c * size, wide * size, PAGE,
                         )  # fmt: skip
                 else:
                     for r in range(n):
-                        for c in range(0, head_size, 32):
+                        for c in range(0, wide, 32):
                             tile1(
                                 sums + r * row_nbytes + c * 4, scores + r * PAGE * 4,
-                                factors + r * 4, values + c * size, head_size * size, PAGE,
+                                factors + r * 4, values + c * size, wide * size, PAGE,
                             )  # fmt: skip
             for r in range(n):
                 t = first + (row + r) // n_group
                 head = part * n_group + (row + r) % n_group
-                to = out + t * out_stride + head * row_nbytes
+                to = out + t * out_stride + head * head_nbytes_f32
                 share = splat_f32(np.float32(1.0) / load_f32(state + r * 8 + 4))
-                for i in range(0, row_nbytes, 32):
+                for i in range(0, head_nbytes_f32, 32):
                     store_f32x8(to + i, load_f32x8(sums + r * row_nbytes + i) * share)
             row += n
 

@@ -17,10 +17,10 @@ def rms_norm(
 ):  # fmt: skip
     """out = add + x / sqrt(mean(x^2) + eps) * weight over groups of `width`; q8 its byte form.
 
-    `width` is a multiple of 8, or n_groups is 1 and the columns after it are zero; `q8` and `add`
-    may be 0.
+    With one group the row may end in columns of zeros, which stay; with more, `width` is a multiple
+    of 8. `q8` and `add` may be 0.
     """
-    n_vectors = (width + 7) // 8
+    n_vectors = out_stride // 32 if n_groups == 1 else width // 8
     for t in range(first, first + count):
         for group in range(n_groups):
             at = x + t * x_stride + group * width * 4

@@ -404,7 +404,7 @@ class Program:
             if record.operation.startswith("matmul.project"):
                 most = max(most, int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
             if record.operation.startswith("attention.attend"):
-                most = max(most, 1024 + 48 * int(a["head_size"]))  # type: ignore[arg-type]
+                most = max(most, 1024 + 48 * padded(int(a["head_size"])))  # type: ignore[arg-type]
         return most
 
     def bind(

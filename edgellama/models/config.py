@@ -1,0 +1,283 @@
+"""Hyper-parameters from metadata, validated against the tensors before any kernel runs.
+
+Kernels do not check bounds: what `read_config` returns is what makes that safe.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from edgellama.errors import ModelFileError, UnsupportedModelError
+from edgellama.gguf import GGUFFile
+from edgellama.kernels.blocks import FORMATS
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """How positions rotate: which dimensions pair up, at which frequencies."""
+
+    kind: str  # "norm": neighbours, "neox": halves
+    n_dims: int
+    freq_base: float
+    scaling: str = "none"  # or linear, yarn
+    factor: float = 1.0
+    original_context: int = 0
+    ext_factor: float = 1.0
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    freq_factors: str = ""  # tensor of divisors
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a model. Letters as in CONTRIBUTING: D width, H heads, K kv heads, E head size."""
+
+    arch: str
+    name: str
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    ffn_width: int
+    n_vocab: int
+    context_length: int
+    norm_eps: float
+    rope: RopeConfig
+    rope_local: RopeConfig | None
+    sliding_window: int
+    window_pattern: int
+    attention_scale: float
+    attn_softcap: float
+    final_softcap: float
+    embedding_scale: float
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What differs between architectures."""
+
+    rope_kind: str
+    gemma: bool = False
+
+
+_FAMILIES = {"llama": _Family("norm"), "gemma3": _Family("neox", gemma=True)}
+
+
+class _Keys:
+    """Metadata of one architecture, read with type and range checks."""
+
+    def __init__(self, gguf: GGUFFile, arch: str) -> None:
+        self.metadata = gguf.metadata
+        self.file = gguf.path.name
+        self.arch = arch
+
+    def _get(self, key: str) -> Any:
+        return self.metadata.get(f"{self.arch}.{key}")
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self._get(key)
+        if value is None:
+            if default is None:
+                raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelFileError(f"{self.file}: {self.arch}.{key} is {value!r}; one integer is needed")
+        if not low <= value <= high:
+            raise ModelFileError(
+                f"{self.file}: {self.arch}.{key} is {value}; it must be {low} to {high}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
+        value = self._get(key)
+        if value is None:
+            if default is None:
+                raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelFileError(f"{self.file}: {self.arch}.{key} is {value!r}; a number is needed")
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ModelFileError(
+                f"{self.file}: {self.arch}.{key} is {value}; a finite number above 0 is needed"
+            )
+        return float(value)
+
+
+def read_config(gguf: GGUFFile) -> ModelConfig:
+    """Read and validate the hyper-parameters and the tensors they imply.
+
+    Raises: ModelFileError naming the key or tensor; UnsupportedModelError for another architecture.
+    """
+    arch = gguf.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise ModelFileError(f"{gguf.path.name}: general.architecture is missing: this is no model")
+    family = _FAMILIES.get(arch)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UnsupportedModelError(
+            f"{gguf.path.name} is a model of architecture {arch!r}; edgellama runs: {known}"
+        )
+    k = _Keys(gguf, arch)
+    if k.integer("expert_count", 0, 1 << 16, 0) > 0:
+        raise UnsupportedModelError(f"{gguf.path.name} is a mixture of experts, which is not supported")
+    n_layers = k.integer("block_count", 1, 512)
+    width = k.integer("embedding_length", 1, 1 << 20)
+    n_heads = k.integer("attention.head_count", 1, 1024)
+    n_kv_heads = k.integer("attention.head_count_kv", 1, n_heads, n_heads)
+    if n_heads % n_kv_heads:
+        raise ModelFileError(
+            f"{gguf.path.name}: {n_heads} heads cannot share {n_kv_heads} KV heads evenly "
+            f"({arch}.attention.head_count_kv)"
+        )
+    if width % n_heads and k._get("attention.key_length") is None:
+        raise ModelFileError(
+            f"{gguf.path.name}: {arch}.embedding_length {width} is no multiple of {n_heads} heads"
+        )
+    head_size = k.integer("attention.key_length", 1, 1024, width // n_heads)
+    if k.integer("attention.value_length", 1, 1024, head_size) != head_size or head_size % 8:
+        raise UnsupportedModelError(
+            f"{gguf.path.name}: heads of {head_size} with values of another size, or no multiple "
+            "of 8, are not supported"
+        )
+    rope, rope_local = _rope(gguf, k, family, head_size)
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFileError(f"{gguf.path.name}: tensor token_embd.weight is missing")
+    n_vocab = embedding.shape[1] if len(embedding.shape) == 2 else 0
+    if isinstance(tokens, list) and len(tokens) != n_vocab:
+        raise ModelFileError(
+            f"{gguf.path.name}: tokenizer.ggml.tokens has {len(tokens)} entries but "
+            f"token_embd.weight has {n_vocab} rows"
+        )
+    declared = k.integer("vocab_size", 1, 1 << 31, n_vocab)
+    if declared != n_vocab:
+        raise ModelFileError(
+            f"{gguf.path.name}: {arch}.vocab_size is {declared} but token_embd.weight has "
+            f"{n_vocab} rows"
+        )
+    gemma = family.gemma
+    config = ModelConfig(
+        arch=arch,
+        name=str(gguf.metadata.get("general.name", gguf.path.stem)),
+        n_layers=n_layers,
+        width=width,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_size=head_size,
+        ffn_width=k.integer("feed_forward_length", 1, 1 << 22),
+        n_vocab=n_vocab,
+        context_length=k.integer("context_length", 1, (1 << 31) - 1),
+        norm_eps=k.number("attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        rope_local=rope_local,
+        sliding_window=k.integer("attention.sliding_window", 1, (1 << 31) - 1, 0),
+        window_pattern=6 if gemma else 0,
+        attention_scale=1.0 / math.sqrt(head_size),
+        attn_softcap=k.number("attn_logit_softcapping", 0.0) if gemma else 0.0,
+        final_softcap=k.number("final_logit_softcapping", 0.0) if gemma else 0.0,
+        embedding_scale=math.sqrt(width) if gemma else 1.0,
+        tied="output.weight" not in gguf.tensors,
+    )
+    check_tensors(gguf, config)
+    return config
+
+
+def _rope(
+    gguf: GGUFFile, k: _Keys, family: _Family, head_size: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    n_dims = k.integer("rope.dimension_count", 2, head_size, head_size)
+    if n_dims % 2:
+        raise ModelFileError(f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even")
+    base = k.number("rope.freq_base", 10000.0)
+    scaling = k._get("rope.scaling.type") or "none"
+    factor = k.number("rope.scaling.factor", k.number("rope.scale_linear", 1.0))
+    if scaling == "none" and factor != 1.0:
+        scaling = "linear"
+    if scaling not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(
+            f"{k.file}: {k.arch}.rope.scaling.type is {scaling!r}; none, linear and yarn are known"
+        )
+    factors = ""
+    info = gguf.tensors.get("rope_freqs.weight")
+    if info is not None:
+        if info.type_name != "f32" or info.shape != (n_dims // 2,):
+            raise ModelFileError(
+                f"{k.file}: rope_freqs.weight is {info.type_name} {list(info.shape)}; "
+                f"f32 [{n_dims // 2}] is needed"
+            )
+        divisors = gguf.data("rope_freqs.weight").view("<f4")
+        if not all(math.isfinite(d) and d > 0 for d in divisors.tolist()):
+            raise ModelFileError(f"{k.file}: rope_freqs.weight holds a divisor that is not above 0")
+        factors = "rope_freqs.weight"
+    rope = RopeConfig(
+        kind=family.rope_kind,
+        n_dims=n_dims,
+        freq_base=base,
+        scaling=scaling,
+        factor=factor,
+        original_context=k.integer(
+            "rope.scaling.original_context_length", 1, (1 << 31) - 1,
+            k.integer("context_length", 1, (1 << 31) - 1),
+        ),
+        ext_factor=k.number("rope.scaling.yarn_ext_factor", 1.0, positive=False),
+        attn_factor=k.number("rope.scaling.attn_factor", k.number("rope.scaling.yarn_attn_factor", 1.0)),
+        beta_fast=k.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=k.number("rope.scaling.yarn_beta_slow", 1.0),
+        freq_factors=factors,
+    )  # fmt: skip
+    local = RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", 10000.0)) if family.gemma else None
+    return rope, local
+
+
+def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
+    """Prove that every tensor the forward pass names is there, of a known format, and fits.
+
+    Raises: ModelFileError naming the tensor and both shapes.
+    """
+    q, kv = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
+    needed: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (c.width, c.n_vocab),
+        "output_norm.weight": (c.width,),
+    }
+    if not c.tied:
+        needed["output.weight"] = (c.width, c.n_vocab)
+    matrices = {
+        "attn_q": (c.width, q),
+        "attn_k": (c.width, kv),
+        "attn_v": (c.width, kv),
+        "attn_output": (q, c.width),
+        "ffn_gate": (c.width, c.ffn_width),
+        "ffn_up": (c.width, c.ffn_width),
+        "ffn_down": (c.ffn_width, c.width),
+    }
+    vectors = {"attn_norm": c.width, "ffn_norm": c.width}
+    if _FAMILIES[c.arch].gemma:
+        vectors |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
+        vectors |= {"attn_q_norm": c.head_size, "attn_k_norm": c.head_size}
+    for layer in range(c.n_layers):
+        for part, shape in matrices.items():
+            needed[f"blk.{layer}.{part}.weight"] = shape
+            if f"blk.{layer}.{part}.bias" in gguf.tensors:
+                needed[f"blk.{layer}.{part}.bias"] = (shape[1],)
+        for part, size in vectors.items():
+            needed[f"blk.{layer}.{part}.weight"] = (size,)
+    for name, shape in needed.items():
+        info = gguf.tensors.get(name)
+        if info is None:
+            raise ModelFileError(f"{gguf.path.name}: tensor {name} is missing")
+        if info.shape != shape:
+            raise ModelFileError(
+                f"{gguf.path.name}: tensor {name} has shape {list(info.shape)}; the "
+                f"hyper-parameters need {list(shape)}"
+            )
+        if info.type_name not in (FORMATS if len(shape) == 2 else ("f32", "f16", "bf16")):
+            raise UnsupportedModelError(
+                f"{gguf.path.name}: tensor {name} is {info.type_name}, which no kernel reads here; "
+                f"matrices may be {', '.join(FORMATS)}"
+            )

@@ -1,0 +1,342 @@
+"""The engine: runs steps of token ids and returns logits. It knows nothing of text.
+
+A step takes up to `n_batch` tokens of one or more sequences. A native call is kept near 0.15 s by
+running the table in pieces of measured length, so that Ctrl-C and `abort` are seen between them; an
+interrupted step leaves every sequence as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence as SequenceOf
+from pathlib import Path
+
+import numpy as np
+
+from edgellama.cpu import n_usable_cores
+from edgellama.errors import (
+    ContextOverflowError,
+    EdgeLlamaError,
+    KernelError,
+    OutOfMemoryError,
+    UsageError,
+)
+from edgellama.gguf import GGUFFile
+from edgellama.kernels import layout, targets, team
+from edgellama.kernels.compiler import BuildError, Pack, build
+from edgellama.models import FAMILIES, Builder
+from edgellama.models.config import ModelConfig, RopeConfig
+
+from .kvcache import PAGE, KVCache, Sequence
+from .program import Program
+from .rope import rope_table
+from .weights import Weights
+
+KV_TYPES = ("f16", "f32")
+_N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
+_CALL_S = 0.15
+
+
+class Aborted(EdgeLlamaError):
+    """`Engine.abort` was called while a step ran."""
+
+
+class Engine:
+    """A loaded model: weights, cache, threads.
+
+    Raises: UsageError for an argument out of range, KernelError when kernels cannot be built,
+    OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        gguf: GGUFFile,
+        config: ModelConfig,
+        *,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        kv_type: str = "f16",
+        fuse: bool = True,
+    ) -> None:
+        from edgellama.catalog import home
+        from edgellama.progress import progress
+
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type is {kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
+        for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        if n_threads is None:
+            n_threads = n_usable_cores()
+        if not 1 <= n_threads <= 256:
+            raise UsageError(f"n_threads is {n_threads}; it must be between 1 and 256")
+        self.config = config
+        self.n_vocab = config.n_vocab
+        self.n_ctx = n_ctx
+        self.n_batch = min(n_batch, n_ctx)
+        self.n_threads = n_threads
+        self._lock = threading.Lock()
+        self._abort = False
+        self._closed = False
+        self._macs_per_s = 2e9 * n_threads
+
+        builder = Builder(config, gguf.tensors)
+        program = Program(builder, FAMILIES[config.arch](builder), kv_type, fuse=fuse)
+        self._pack = load_pack(program.operations + list(team.NAMES), home())
+        total = sum(gguf.tensors[name].nbytes for name in program.weights)
+        with progress("Loading weights", total) as advance:
+            self._weights = Weights(
+                gguf, program.weights, n_threads=min(n_threads, 4), advance=advance
+            )
+        n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes
+        self._cache = KVCache(
+            n_layers=config.n_layers,
+            n_kv_heads=config.n_kv_heads,
+            head_size=config.head_size,
+            n_pages=n_pages,
+            kv_type=kv_type,
+        )
+        self._ropes: dict[RopeConfig, np.ndarray] = {}
+        for rope in (config.rope, config.rope_local):
+            if rope is not None:
+                self._ropes[rope] = rope_table(rope, gguf, n_ctx)
+        try:
+            self._bound = program.bind(
+                self._pack,
+                self._weights,
+                self._cache,
+                self._ropes,
+                n_batch=self.n_batch,
+                n_out=min(_N_OUT, self.n_batch),
+            )
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
+            ) from error
+        self._pieces_cost = [record.n_macs for record in program.records]
+        self._out_of_head = [record.of_out_rows for record in program.records]
+        self._head_first = program.head_first
+        self._n_records = len(program.records)
+        self._team = team.Team(self._pack, n_threads, program.scratch_nbytes)
+        self._team.use(self._bound.table)
+        self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
+        self._ids = np.zeros(self.n_batch, np.int32)
+        self._positions = np.zeros(self.n_batch, np.int32)
+        self._tables = np.zeros(self.n_batch, np.int64)
+        self._out_rows = np.zeros(self.n_batch, np.int32)
+        for field, array in (
+            (layout.STEP_IDS, self._ids),
+            (layout.STEP_POSITIONS, self._positions),
+            (layout.STEP_TABLES, self._tables),
+            (layout.STEP_OUT_ROWS, self._out_rows),
+        ):
+            self._step[field // 8] = array.ctypes.data
+
+    # --- sequences --------------------------------------------------------------------------------
+    def new_sequence(self) -> Sequence:
+        """Begin an empty sequence."""
+        return Sequence(self.n_ctx)
+
+    def free(self, sequence: Sequence) -> None:
+        """Forget a sequence; its full pages stay known until their room is needed."""
+        with self._lock:
+            self._cache.truncate(sequence, 0)
+
+    def truncate(self, sequence: Sequence, n_tokens: int) -> None:
+        """Go back to the first `n_tokens` tokens; the tokens of a shared last page are evaluated again.
+
+        Raises: UsageError when the sequence is shorter.
+        """
+        if not 0 <= n_tokens <= len(sequence.tokens):
+            raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
+        with self._lock:
+            kept = sequence.tokens[:n_tokens]
+            self._cache.truncate(sequence, n_tokens // PAGE * PAGE)
+        if len(kept) > len(sequence.tokens):
+            self.evaluate(sequence, kept[len(sequence.tokens) :])
+
+    # --- evaluation -------------------------------------------------------------------------------
+    def evaluate(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
+        """Append tokens to a sequence and return the logits f32 (V,) after the last one.
+
+        An empty sequence first takes the pages that an earlier one with the same beginning left.
+        Raises: ContextOverflowError, UsageError for an id outside the vocabulary.
+        """
+        return self.step([(sequence, ids)])[0]
+
+    def step(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
+        """Append tokens to several sequences at once; logits f32 (n, V) after each one's last."""
+        with self._lock:
+            before = [len(sequence.tokens) for sequence, _ in batch]
+            try:
+                return self._evaluate(batch)
+            except BaseException:
+                for (sequence, _), n_tokens in zip(batch, before, strict=True):
+                    self._cache.truncate(sequence, n_tokens)
+                raise
+
+    def _evaluate(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
+        logits = np.empty((len(batch), self.n_vocab), np.float32)
+        for sequence, ids in batch:
+            self._check(sequence, ids)
+        pending: list[tuple[int, Sequence, SequenceOf[int]]] = []
+        for i, (sequence, ids) in enumerate(batch):
+            skip = 0 if sequence.tokens else self._cache.reuse_prefix(sequence, ids)
+            pending.append((i, sequence, ids[skip:]))
+        while pending:
+            room = self.n_batch
+            taken: list[tuple[int, Sequence, SequenceOf[int], bool]] = []
+            rest: list[tuple[int, Sequence, SequenceOf[int]]] = []
+            for i, sequence, ids in pending:
+                now, later = ids[:room], ids[room:]
+                room -= len(now)
+                if now:
+                    taken.append((i, sequence, now, not later))
+                if later:
+                    rest.append((i, sequence, later))
+            wanted = self._stage([(s, ids) for _, s, ids, _ in taken], [t[3] for t in taken])
+            self._run(0, self._head_first)
+            for _, sequence, ids, _ in taken:
+                self._cache.commit(sequence, ids)
+            ends = [i for i, _, _, is_end in taken if is_end]
+            for first, rows in self._head(wanted):
+                for i, row in zip(ends[first:], rows, strict=False):
+                    logits[i] = row
+            pending = rest
+        return logits
+
+    def logits(self, ids: SequenceOf[int]) -> np.ndarray:
+        """Return the logits f32 (T, V) after every token of a text of its own."""
+        out = np.empty((len(ids), self.n_vocab), np.float32)
+        sequence = self.new_sequence()
+        with self._lock:
+            self._check(sequence, ids)
+            try:
+                for start in range(0, len(ids), self.n_batch):
+                    chunk = ids[start : start + self.n_batch]
+                    self._stage([(sequence, chunk)], [True])
+                    self._run(0, self._head_first)
+                    self._cache.commit(sequence, chunk)
+                    for first, rows in self._head(list(range(len(chunk)))):
+                        out[start + first : start + first + len(rows)] = rows
+            finally:
+                self._cache.truncate(sequence, 0)
+        return out
+
+    def _check(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
+        if self._closed:
+            raise UsageError("the model is closed; open it again to use it")
+        if len(ids) == 0:
+            raise UsageError("no tokens were given; a step needs at least one")
+        worst = [i for i in ids if not 0 <= i < self.n_vocab]
+        if worst:
+            raise UsageError(
+                f"token id {worst[0]} is outside the vocabulary; ids are 0 to {self.n_vocab - 1}"
+            )
+        n_tokens = len(sequence.tokens) + len(ids)
+        if n_tokens > self.n_ctx:
+            raise ContextOverflowError(
+                f"{n_tokens} tokens do not fit the context of {self.n_ctx}; "
+                "shorten the prompt or open the model with a larger n_ctx (-c)"
+            )
+
+    def _stage(
+        self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
+    ) -> list[int]:
+        """Write the step's arrays; return the rows of the last tokens that are wanted."""
+        n = 0
+        wanted = []
+        for (sequence, ids), wants in zip(batch, wants_last, strict=True):
+            self._cache.reserve(sequence, len(sequence.tokens) + len(ids))
+            rows = slice(n, n + len(ids))
+            self._ids[rows] = ids
+            start = len(sequence.tokens)
+            self._positions[rows] = np.arange(start, start + len(ids))
+            self._tables[rows] = sequence.table.ctypes.data
+            n += len(ids)
+            if wants:
+                wanted.append(n - 1)
+        self._step[layout.STEP_N_TOKENS // 8] = n
+        self._step[layout.STEP_N_OUT // 8] = 0
+        return wanted
+
+    def _head(self, wanted: list[int]):
+        """Yield (first, rows): logits of the wanted rows of this step, block by block."""
+        n_out = len(self._bound.logits)
+        for first in range(0, len(wanted), n_out):
+            rows = wanted[first : first + n_out]
+            self._out_rows[: len(rows)] = rows
+            self._step[layout.STEP_N_OUT // 8] = len(rows)
+            self._run(self._head_first, self._n_records)
+            yield first, self._bound.logits[: len(rows), : self.n_vocab]
+
+    def _run(self, first: int, last: int) -> None:
+        """Run records [first, last) in calls of about `_CALL_S` seconds."""
+        n_tokens = int(self._step[layout.STEP_N_TOKENS // 8])
+        n_out = int(self._step[layout.STEP_N_OUT // 8])
+        while first < last:
+            budget = self._macs_per_s * _CALL_S
+            cost = 0.0
+            end = first
+            while end < last:
+                n = n_out if self._out_of_head[end] else n_tokens
+                more = self._pieces_cost[end] * n
+                if end > first and cost + more > budget:
+                    break
+                cost += more
+                end += 1
+            if self._abort:
+                self._abort = False
+                raise Aborted("the step was aborted")
+            start = time.perf_counter()
+            self._team.run(self._step, first, end)
+            spent = time.perf_counter() - start
+            if cost > 1e8:
+                self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * cost / spent
+            first = end
+
+    def abort(self) -> None:
+        """Stop the running step from another thread; it raises `Aborted` and changes nothing."""
+        self._abort = True
+
+    def close(self) -> None:
+        """Stop the threads and free all memory."""
+        if self._closed:
+            return
+        with self._lock:
+            self._closed = True
+            self._team.close()
+            del self._bound, self._weights, self._cache
+
+
+# --- kernels --------------------------------------------------------------------------------------
+def load_pack(names: SequenceOf[str], home: Path) -> Pack:
+    """Load operations for this CPU, building first those that are missing.
+
+    Raises: KernelError.
+    """
+    from edgellama.progress import progress
+
+    try:
+        pack = Pack(targets.detect(), home / "packs")
+        missing = pack.missing(names)
+        if missing:
+            with progress("Building kernels for this CPU (once)", len(missing), unit="") as advance:
+                build_kernels(missing, pack.target, pack.directory, advance)
+        pack.load(names)
+    except (BuildError, RuntimeError, OSError) as error:
+        raise KernelError(f"kernels could not be prepared: {error}") from error
+    return pack
+
+
+def build_kernels(
+    names: SequenceOf[str], target: targets.Target, directory: Path, advance: Callable[[int], None]
+) -> None:
+    """Build objects on all usable cores."""
+    build(
+        names, target, directory, n_processes=min(n_usable_cores(), os.cpu_count() or 1),
+        advance=advance,
+    )  # fmt: skip
