@@ -96,7 +96,8 @@ def object_path(name: str, target: Target, directory: Path) -> Path:
     digest = hashlib.sha256()
     for module_ in (module, "compiler", target.lowering.partition(".")[0]):
         digest.update(_source_hash(module_))
-    digest.update(repr((name, target, sorted(target.needs), _tool_versions())).encode())
+    made_for = (target.triple, target.cpu, target.features, target.lowering)
+    digest.update(repr((name, made_for, _tool_versions())).encode())
     stem = function if variant is None else f"{function}_{variant}"
     return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.o"
 
