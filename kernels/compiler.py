@@ -335,6 +335,15 @@ def build(
         raise BuildError(problems[0])
 
 
+def missing_objects(names: Iterable[str], target: Target, directory: Path) -> list[str]:
+    """Which of `names` have no sound object on disk."""
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if _read_object(object_path(name, target, directory)) is None
+    ]
+
+
 # --- loading --------------------------------------------------------------------------------------
 class Pack:
     """The loaded operations of one tier. Keep it alive as long as anything may call into it."""
@@ -358,12 +367,8 @@ class Pack:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Which of `names` have no sound object on disk."""
-        return [
-            name
-            for name in dict.fromkeys(names)
-            if name not in self._operations
-            and _read_object(object_path(name, self.target, self.directory)) is None
-        ]
+        fresh = [name for name in names if name not in self._operations]
+        return missing_objects(fresh, self.target, self.directory)
 
     def load(self, names: Iterable[str]) -> None:
         """Load objects that `missing` no longer names.

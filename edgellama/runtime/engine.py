@@ -7,14 +7,14 @@ interrupted step leaves every sequence as it was.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence as SequenceOf
-from pathlib import Path
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from edgellama.catalog import home
 from edgellama.cpu import n_usable_cores
 from edgellama.errors import (
     ContextOverflowError,
@@ -25,9 +25,10 @@ from edgellama.errors import (
 )
 from edgellama.gguf import GGUFFile
 from edgellama.kernels import layout, targets, team
-from edgellama.kernels.compiler import BuildError, Pack, build
+from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects
 from edgellama.models import FAMILIES, Builder
 from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence
 from .program import Program
@@ -61,9 +62,6 @@ class Engine:
         kv_type: str = "f16",
         fuse: bool = True,
     ) -> None:
-        from edgellama.catalog import home
-        from edgellama.progress import progress
-
         if kv_type not in KV_TYPES:
             raise UsageError(f"kv_type is {kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
         for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
@@ -85,7 +83,7 @@ class Engine:
 
         builder = Builder(config, gguf.tensors)
         program = Program(builder, FAMILIES[config.arch](builder), kv_type, fuse=fuse)
-        self._pack = load_pack(program.operations + list(team.NAMES), home())
+        self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
         with progress("Loading weights", total) as advance:
             self._weights = Weights(
@@ -263,7 +261,7 @@ class Engine:
         self._step[layout.STEP_N_OUT // 8] = 0
         return wanted
 
-    def _head(self, wanted: list[int]):
+    def _head(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, rows): logits of the wanted rows of this step, block by block."""
         n_out = len(self._bound.logits)
         for first in range(0, len(wanted), n_out):
@@ -313,30 +311,39 @@ class Engine:
 
 
 # --- kernels --------------------------------------------------------------------------------------
-def load_pack(names: SequenceOf[str], home: Path) -> Pack:
-    """Load operations for this CPU, building first those that are missing.
+def load_pack(names: SequenceOf[str], target: targets.Target) -> Pack:
+    """Load operations for this CPU, building first those that are missing or damaged.
 
     Raises: KernelError.
     """
-    from edgellama.progress import progress
-
     try:
-        pack = Pack(targets.detect(), home / "packs")
+        pack = Pack(target, home() / "packs")
         missing = pack.missing(names)
         if missing:
-            with progress("Building kernels for this CPU (once)", len(missing), unit="") as advance:
-                build_kernels(missing, pack.target, pack.directory, advance)
+            _build(missing, target)
         pack.load(names)
     except (BuildError, RuntimeError, OSError) as error:
         raise KernelError(f"kernels could not be prepared: {error}") from error
     return pack
 
 
-def build_kernels(
-    names: SequenceOf[str], target: targets.Target, directory: Path, advance: Callable[[int], None]
-) -> None:
-    """Build objects on all usable cores."""
-    build(
-        names, target, directory, n_processes=min(n_usable_cores(), os.cpu_count() or 1),
-        advance=advance,
-    )  # fmt: skip
+def _build(names: SequenceOf[str], target: targets.Target) -> None:
+    title = f"Building kernels for {target.name} (once)"
+    with progress(title, len(names), unit="") as advance:
+        build(names, target, home() / "packs", n_processes=n_usable_cores(), advance=advance)
+
+
+def prepare_pack(gguf: GGUFFile, config: ModelConfig, target: targets.Target) -> int:
+    """Build what is missing of a model's kernels for any tier; return how many were built.
+
+    Raises: KernelError.
+    """
+    builder = Builder(config, gguf.tensors)
+    program = Program(builder, FAMILIES[config.arch](builder), KV_TYPES[0])
+    try:
+        missing = missing_objects([*program.operations, *team.NAMES], target, home() / "packs")
+        if missing:
+            _build(missing, target)
+    except (BuildError, OSError) as error:
+        raise KernelError(f"kernels could not be prepared: {error}") from error
+    return len(missing)

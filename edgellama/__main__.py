@@ -1,0 +1,5 @@
+"""`python -m edgellama` is the `edgellama` command."""
+
+from edgellama.cli import main
+
+main()

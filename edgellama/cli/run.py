@@ -1,0 +1,84 @@
+"""`edgellama run`: one answer on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from edgellama.errors import UsageError
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", help="The prompt; read from stdin when left out.")
+@click.option("-n", "--max-tokens", type=click.IntRange(0), help="Most tokens of the answer.")
+@click.option("--raw", is_flag=True, help="Continue the text as it stands: no chat template.")
+@click.option("--system", help="A system message for the chat template.")
+@click.option("--temp", default=0.8, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("--top-k", default=40, show_default=True, help="Keep the k most likely; 0 is off.")
+@click.option("--top-p", default=0.95, show_default=True, help="Keep this much probability.")
+@click.option("--min-p", default=0.05, show_default=True, help="Keep what is this near the best.")
+@click.option("--seed", type=click.IntRange(0), help="Seed; random when left out.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
+@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; physical cores.")
+@click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of the text.")
+@click.option(
+    "--kv-type", type=click.Choice(["f16", "f32"]), default="f16", show_default=True,
+    help="Type of cached keys and values.",
+)  # fmt: skip
+@click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+@click.option("--stats", is_flag=True, help="Print timings to stderr.")
+def command(
+    model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
+    temp: float, top_k: int, top_p: float, min_p: float, seed: int | None, stop: tuple[str, ...],
+    threads: int | None, ctx: int | None, kv_type: str, override_pre: str | None, offline: bool,
+    stats: bool,
+) -> None:  # fmt: skip
+    """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
+
+    Without MODEL the default model is used, and fetched on first use.
+    """
+    start = time.perf_counter()
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("there is no prompt; give one with -p or on stdin")
+        prompt = sys.stdin.buffer.read().decode(errors="replace")
+    from edgellama.llm import LLM
+
+    out = sys.stdout.buffer
+    with LLM(
+        model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
+        override_pre=override_pre,
+    ) as llm:  # fmt: skip
+        options = {
+            "max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p,
+            "min_p": min_p, "seed": seed, "stop": stop,
+        }  # fmt: skip
+        if raw or llm.template is None:
+            if system is not None:
+                raise UsageError("--system needs a chat template; leave out --raw")
+            deltas = llm.stream(prompt, parse_special=True, **options)  # type: ignore[arg-type]
+        else:
+            messages = [{"role": "system", "content": system}] if system else []
+            deltas = llm.stream_chat([*messages, {"role": "user", "content": prompt}], **options)
+        first = None
+        for delta in deltas:
+            out.write(delta.text.encode(errors="replace"))
+            out.flush()
+            first = first or time.perf_counter()
+        out.write(b"\n")
+        out.flush()
+        if stats and delta.timings is not None and first is not None:
+            t = delta.timings
+            click.echo(
+                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens "
+                f"({t.prompt_n / max(t.prompt_s, 1e-9):.0f}/s) | answer {t.predicted_n} tokens "
+                f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)",
+                err=True,
+            )
+
+
+COMMANDS = {"run": command}

@@ -1,0 +1,276 @@
+"""The user's class: text in, text out.
+
+    with LLM("smollm2-135m") as llm:
+        print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
+
+Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer, the chat
+template, the sampler and the stop rules.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgellama.catalog import resolve
+from edgellama.chat import ChatTemplate
+from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
+from edgellama.gguf import open_gguf
+from edgellama.models.config import read_config
+from edgellama.runtime.engine import Engine
+from edgellama.sampling import Sampler
+from edgellama.stopping import StopStrings
+from edgellama.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(slots=True)
+class Timings:
+    """How long the parts took; `cached_n` prompt tokens came from an earlier call."""
+
+    prompt_n: int = 0
+    prompt_s: float = 0.0
+    predicted_n: int = 0
+    predicted_s: float = 0.0
+    cached_n: int = 0
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of an answer as it streams; the last one has a finish_reason."""
+
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    logprobs: None = None
+    finish_reason: str | None = None
+    timings: Timings | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """A whole answer; finish_reason is "stop" or "length"."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    timings: Timings
+    logprobs: None = None
+
+
+class LLM:
+    """A model, ready to answer.
+
+    `model` is a path, a catalogue name, hf:org/repo/file.gguf or a URL; None is the default model.
+    `n_ctx` is the most tokens of one text (default: 4096, or less if the model was trained for less),
+    `n_batch` the most tokens in one step, `n_threads` defaults to the physical cores that may be used,
+    `kv_type` is "f16" or "f32", `seed` None is random.
+
+    Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int | None = None,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        kv_type: str = "f16",
+        seed: int | None = None,
+        offline: bool = False,
+        override_pre: str | None = None,
+    ) -> None:
+        path = resolve(None if model is None else os.fspath(model), offline=offline)
+        with open_gguf(path) as gguf:
+            self.config = read_config(gguf)
+            self.metadata = gguf.metadata
+            self.tokenizer = load_tokenizer(gguf.metadata, override_pre)
+            if self.tokenizer.n_vocab != self.config.n_vocab:
+                raise ModelFileError(
+                    f"{path.name}: the tokenizer has {self.tokenizer.n_vocab} tokens, the model "
+                    f"{self.config.n_vocab}"
+                )
+            self.n_ctx = min(4096, self.config.context_length) if n_ctx is None else n_ctx
+            self._engine = Engine(
+                gguf,
+                self.config,
+                n_ctx=self.n_ctx,
+                n_batch=n_batch,
+                n_threads=n_threads,
+                kv_type=kv_type,
+            )
+        self.n_threads = self._engine.n_threads
+        self._seed = seed
+        self._n_calls = 0
+        source = self.metadata.get("tokenizer.chat_template")
+        self.template: ChatTemplate | None = None
+        if isinstance(source, str):
+            ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+            bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
+            self.template = ChatTemplate(source, bos, eos)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free all memory and threads."""
+        self._engine.close()
+
+    # --- tokens -----------------------------------------------------------------------------------
+    def tokenize(
+        self, text: str, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Return the token ids of a text."""
+        return self.tokenizer.encode(text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits after every token, f32 (T, V)."""
+        return self._engine.logits(ids)
+
+    # --- text -------------------------------------------------------------------------------------
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        parse_special: bool = False,
+    ) -> Iterator[Delta]:
+        """Continue a text (or token ids), yielding it piece by piece.
+
+        `max_tokens` None means until the model ends or the context is full.
+        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        """
+        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 0):
+            raise UsageError(f"max_tokens is {max_tokens!r}; it must be 0 or more")
+        seed = self._next_seed() if seed is None else seed
+        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
+        stops = StopStrings(stop)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, True, parse_special)
+        else:
+            ids = list(prompt)
+        if not ids:
+            bos = self.tokenizer.bos_id
+            if bos is None:
+                raise UsageError("the prompt is empty; give at least one character")
+            ids = [bos]
+        if len(ids) > self.n_ctx:
+            raise ContextOverflowError(
+                f"the prompt has {len(ids)} tokens but the context holds {self.n_ctx}; "
+                "shorten it or use a larger n_ctx (-c)"
+            )
+        limit = self.n_ctx - len(ids)
+        return self._generate(ids, sampler, stops, limit if max_tokens is None else max_tokens)
+
+    def _generate(
+        self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
+    ) -> Iterator[Delta]:
+        engine, timings = self._engine, Timings(prompt_n=len(ids))
+        decoder = self.tokenizer.stream()
+        sequence = engine.new_sequence()
+        reason = "length"
+        try:
+            start = time.perf_counter()
+            logits = engine.evaluate(sequence, ids)
+            timings.cached_n = sequence.n_reused
+            timings.prompt_s = time.perf_counter() - start
+            start = time.perf_counter()
+            while timings.predicted_n < max_tokens:
+                token = sampler.sample(logits)
+                if token in self.tokenizer.eog_ids:
+                    reason = "stop"
+                    break
+                timings.predicted_n += 1
+                timings.predicted_s = time.perf_counter() - start
+                text = stops.feed(decoder.feed(token))
+                if stops.stopped:
+                    reason = "stop"
+                    yield Delta(text, [token])
+                    break
+                yield Delta(text, [token])
+                if len(sequence.tokens) >= self.n_ctx or timings.predicted_n == max_tokens:
+                    break
+                logits = engine.evaluate(sequence, [token])
+            rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
+            yield Delta(rest, finish_reason=reason, timings=timings)
+        finally:
+            engine.free(sequence)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
+    ) -> Completion | list[Completion]:
+        """Continue a text; options as in `stream`. With n > 1, return n completions."""
+        if n < 1:
+            raise UsageError(f"n is {n}; it must be at least 1")
+        seed = options.pop("seed", None)
+        done = [
+            _collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
+            for i in range(n)
+        ]
+        return done[0] if n == 1 else done
+
+    # --- chat -------------------------------------------------------------------------------------
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Return the token ids of a chat as the model's template writes it.
+
+        Raises: TemplateError when the file has no template or it fails.
+        """
+        if self.template is None:
+            raise TemplateError(
+                f"{self.config.name} has no chat template; continue plain text instead (--raw)"
+            )
+        text = self.template.render(messages, **variables)
+        ids = self.tokenizer.encode(text, False, True)
+        bos = self.tokenizer.bos_id
+        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        return ids
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Delta]:
+        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
+        return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
+        return _collect(self.stream_chat(messages, **options))
+
+    def _next_seed(self) -> int | None:
+        """Seeds of calls differ, and follow from the model's own when it has one."""
+        if self._seed is None:
+            return None
+        self._n_calls += 1
+        return self._seed + self._n_calls - 1
+
+
+def _collect(deltas: Iterator[Delta]) -> Completion:
+    text, tokens = "", []
+    for delta in deltas:
+        text += delta.text
+        tokens += delta.tokens
+    assert delta.finish_reason is not None
+    assert delta.timings is not None
+    return Completion(text, tokens, delta.finish_reason, delta.timings)
