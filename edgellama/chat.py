@@ -1,21 +1,24 @@
 """Chat templates from a model's metadata, in a sandbox with limits on time and output.
 
-A template is code by whoever made the file. It runs in jinja2's immutable sandbox, and under a trace that
-stops it after a second; what it renders is capped as well.
+A template is code by whoever made the file. It runs in jinja2's immutable sandbox, and under a trace
+that stops its Python code, loops and recursion included, after a second. One operation in C could
+outlast the trace or fill the memory, so operators, joins and padding are bounded before they run.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from edgellama.errors import TemplateError
 
 MAX_SECONDS = 1.0
 MAX_CHARACTERS = 4 << 20
+_MAX_BITS = 4096  # of an integer
 
 
 class ChatTemplate:
@@ -37,20 +40,19 @@ class ChatTemplate:
 
         Raises: TemplateError when the template is broken, refuses the messages, or passes a limit.
         """
-        for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise TemplateError(f"message {i} has no role; needed: role and content")
+        given = {
+            **self._constants,
+            "messages": [_message(i, message) for i, message in enumerate(messages)],
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        environment = _environment() if self._template is None else None  # imports: not on its time
         with _deadline(MAX_SECONDS):
             try:
-                if self._template is None:
-                    self._template = _environment().from_string(self._source)
+                if environment is not None:
+                    self._template = environment.from_string(self._source)
                 text = ""
-                for piece in self._template.generate(
-                    messages=[dict(m) for m in messages],
-                    add_generation_prompt=add_generation_prompt,
-                    **self._constants,
-                    **variables,
-                ):
+                for piece in self._template.generate(given):
                     text += piece
                     if len(text) > MAX_CHARACTERS:
                         raise TemplateError(
@@ -60,8 +62,27 @@ class ChatTemplate:
                 raise
             except Exception as error:  # whatever the template's code may raise
                 line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise TemplateError(f"the chat template failed: {line}; use --raw to go without") from error
+                raise TemplateError(
+                    f"the chat template failed: {line}; use --raw to go without"
+                ) from error
         return text
+
+
+def _message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a message; content in text parts becomes one string, which every template knows.
+
+    Raises: TemplateError.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise TemplateError(f"message {i} has no role; needed: role and content")
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise TemplateError(f"message {i} has a part of type {kind!r}; only text is understood")
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 class _deadline:  # noqa: N801
@@ -85,6 +106,7 @@ class _deadline:  # noqa: N801
 
 def _environment() -> Any:
     from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -95,21 +117,138 @@ def _environment() -> Any:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(f"the chat template refuses these messages: {message}")
+    class BoundedCode(CodeGenerator):
+        """`a ~ b` becomes a call of `concat`, which looks at the lengths first."""
 
-    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802
+            self.write("environment.concat([str(part) for part in (")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write(")])")
 
-    environment = ImmutableSandboxedEnvironment(
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["+", "*", "**", "%"])
+        code_generator_class = BoundedCode
+        concat = staticmethod(_join)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_operands(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(_self, _context: Any, _object: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+            name = getattr(_object, "__name__", "")
+            owner = getattr(_object, "__self__", None)
+            if isinstance(owner, str):
+                _check_text(name, owner, [*args, *kwargs.values()])
+            return super().call(_context, _object, *args, **kwargs)
+
+    environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", Generation],
     )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: time.strftime(form)
+    for name in ("center", "format", "indent", "replace", "join"):
+        environment.filters[name] = _bounded(name, environment.filters[name])
+    for name in ("urlize", "wordwrap", "xmlattr"):  # HTML, never chat
+        del environment.filters[name]
+    del environment.globals["lipsum"]
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: time.strftime(form[:1000])
     return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(f"the chat template refuses these messages: {message}")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+def _check_size(n: int) -> None:
+    if n > MAX_CHARACTERS:
+        raise TemplateError(f"the chat template made a value of over {MAX_CHARACTERS} elements")
+
+
+def _join(parts: Iterable[str]) -> str:
+    """Join strings that fit the limit together; macros, blocks and `~` end here."""
+    parts = list(parts)
+    _check_size(sum(map(len, parts)))
+    return "".join(parts)
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    """Refuse an operation whose result would be huge."""
+    if isinstance(left, int) and isinstance(right, int):
+        n_bits = left.bit_length()
+        if operator == "**":
+            n_bits *= max(abs(right), 1)
+        elif operator == "*":
+            n_bits += right.bit_length()
+        if n_bits > _MAX_BITS:
+            raise TemplateError(f"the chat template made an integer of over {_MAX_BITS} bits")
+    elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
+        n, value = (left, right) if isinstance(left, int) else (right, left)
+        _check_size(n * len(value) if hasattr(value, "__len__") else 0)
+    elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+        _check_size(len(left) + len(right))
+    elif operator == "%" and isinstance(left, str):
+        _check_text("format", left, [right])
+
+
+def _check_text(name: str, text: str, arguments: list[Any]) -> None:
+    """Refuse a method or filter of strings whose result would be huge."""
+    strings = [a for a in arguments if isinstance(a, str)]
+    if name == "replace" and len(strings) == 2:
+        _check_size(len(text) + text.count(strings[0]) * len(strings[1]))
+    elif name == "join" and arguments and hasattr(arguments[0], "__len__"):
+        _check_size(len(arguments[0]) * len(text) + sum(map(_length, arguments[0])))
+    elif name == "translate":
+        raise TemplateError("the chat template calls translate, which is not allowed")
+    elif name in ("format", "format_map"):
+        if re.search(r"\d{5}|%[^%a-zA-Z]*\*|:[^{}]*\{", text):
+            raise TemplateError("the chat template pads text without a bound")
+        _check_size(len(text) * (1 + max(map(_length, arguments), default=0)))
+    elif name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent"):
+        lines = text.count("\n") + text.count("\t") + 1
+        wide = max((a for a in arguments if isinstance(a, int)), default=8)
+        _check_size(lines * max(wide, max(map(len, strings), default=0)))
+
+
+def _length(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 32
+
+
+def _bounded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of jinja2 that looks at the size of its result first."""
+    from functools import wraps
+
+    @wraps(plain)  # keeps the mark of filters that take the evaluation context
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = list(args)
+        start = 1 if name in ("replace", "join") else 0  # those take the evaluation context first
+        if name == "join" and not isinstance(given[start], str | list | tuple):
+            given[start] = list(given[start])
+        value, rest = given[start], [*given[start + 1 :], *kwargs.values()]
+        if name == "join":
+            separator = next((a for a in rest if isinstance(a, str)), "")
+            _check_text(name, separator, [value])
+        else:
+            _check_text(name, str(value), rest)
+        return plain(*given, **kwargs)
+
+    return checked

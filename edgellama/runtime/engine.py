@@ -141,7 +141,8 @@ class Engine:
     def free(self, sequence: Sequence) -> None:
         """Forget a sequence; its full pages stay known until their room is needed."""
         with self._lock:
-            self._cache.truncate(sequence, 0)
+            if not self._closed:
+                self._cache.truncate(sequence, 0)
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Go back to the first `n_tokens` tokens; the tokens of a shared last page are evaluated again.
