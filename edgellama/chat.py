@@ -123,7 +123,7 @@ def _environment() -> Any:
     class BoundedCode(CodeGenerator):
         """`a ~ b` becomes a call of `concat`, which looks at the lengths first."""
 
-        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802
+        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
             self.write("environment.concat([str(part) for part in (")
             for part in node.nodes:
                 self.visit(part, frame)

@@ -23,8 +23,13 @@ def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Callabl
 
     def open_bar() -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeRemainingColumn,
+        )
 
         count = DownloadColumn() if unit == "B" else MofNCompleteColumn()
         bar = Progress(

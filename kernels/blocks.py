@@ -46,7 +46,7 @@ FORMATS: dict[str, BlockFormat] = {
 }
 """Formats that the kernels can read, by GGUF name in lower case."""
 
-FORMAT_BY_ID: dict[int, BlockFormat] = {format.type_id: format for format in FORMATS.values()}
+FORMAT_BY_ID: dict[int, BlockFormat] = {f.type_id: f for f in FORMATS.values()}
 
 # Sound types of GGUF that no kernel reads: known by size, so that a file can still be inspected.
 OTHER_TYPES: dict[int, BlockFormat] = {

@@ -220,9 +220,7 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     for global_ in [*module.functions, *module.global_variables]:
         if global_.name != symbol and not global_.is_declaration:
             global_.linkage = "internal"
-    builder = llvm.create_pass_builder(
-        machine, llvm.create_pipeline_tuning_options(speed_level=3)
-    )
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
     code = machine.emit_object(module)
     missing = undefined_symbols(code)

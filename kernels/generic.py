@@ -44,9 +44,7 @@ class Generic:
         wide = vector(i32, 32)
         product = builder.mul(builder.zext(w, wide), builder.sext(y, wide))
         for lanes in (16, 8):
-            halves = [
-                shuffle(builder, product, list(range(k, 2 * lanes, 2))) for k in (0, 1)
-            ]
+            halves = [shuffle(builder, product, list(range(k, 2 * lanes, 2))) for k in (0, 1)]
             product = builder.add(*halves)
         return builder.add(acc, product)
 
@@ -64,9 +62,7 @@ class Generic:
         wide = builder.zext(bits, vector(i32, 8))
         sign = builder.shl(builder.and_(wide, splat(i32, 8, 0x8000)), splat(i32, 8, 16))
         magnitude = builder.shl(builder.and_(wide, splat(i32, 8, 0x7FFF)), splat(i32, 8, 13))
-        scaled = builder.fmul(
-            builder.bitcast(magnitude, vector(f32, 8)), splat(f32, 8, 2.0**112)
-        )
+        scaled = builder.fmul(builder.bitcast(magnitude, vector(f32, 8)), splat(f32, 8, 2.0**112))
         exponent_full = builder.icmp_unsigned(">=", magnitude, splat(i32, 8, 0x1F << 23))
         infinite = builder.or_(magnitude, splat(i32, 8, 0x7F800000))
         value = builder.select(exponent_full, infinite, builder.bitcast(scaled, vector(i32, 8)))
@@ -79,15 +75,11 @@ class Generic:
         sign = builder.and_(builder.lshr(bits, splat(i32, 8, 16)), splat(i32, 8, 0x8000))
         magnitude = builder.and_(bits, splat(i32, 8, 0x7FFFFFFF))
         odd = builder.and_(builder.lshr(magnitude, splat(i32, 8, 13)), splat(i32, 8, 1))
-        rounded = builder.add(
-            builder.add(magnitude, odd), splat(i32, 8, 0xFFF - (112 << 23))
-        )
+        rounded = builder.add(builder.add(magnitude, odd), splat(i32, 8, 0xFFF - (112 << 23)))
         normal = builder.lshr(rounded, splat(i32, 8, 13))
         # Below 2^-14 the sum with 0.5 leaves the subnormal's bits, rounded, at the end.
         half = builder.fadd(builder.bitcast(magnitude, vector(f32, 8)), splat(f32, 8, 0.5))
-        small = builder.sub(
-            builder.bitcast(half, vector(i32, 8)), splat(i32, 8, 0x3F000000)
-        )
+        small = builder.sub(builder.bitcast(half, vector(i32, 8)), splat(i32, 8, 0x3F000000))
         tiny = builder.icmp_unsigned("<", magnitude, splat(i32, 8, 113 << 23))
         result = builder.or_(builder.select(tiny, small, normal), sign)
         return builder.trunc(result, vector(i16, 8))

@@ -2,7 +2,7 @@
 
 A row of the result is the same to the last bit whatever T is, because both paths run the same chain:
 
-    integer formats   acc = fma(f32(sum of q*y over 32), d*yd, acc); acc = fma(m, ys, acc)
+    integer formats   acc = fma(f32(sum of q*y over 16), d*yd, acc), twice; acc = fma(m, ys, acc)
     float formats     acc = fma(w, y, acc), column by column
 
 with lanes = rows and blocks in order.  One token streams the packed weights.  More tokens first unpack
@@ -10,7 +10,7 @@ a strip of 32 rows into the thread's scratch (the panel: bytes and lines, or flo
 register tile over it; unpacking costs 1/T of the work, so any format gets the same fast tile.
 
 Activations come in one of two forms (`quantize.py` writes them): rows of floats, or rows of bytes with
-a scale per 32 columns:  y i8 (K,) | yd f32 (K/32,) | ys f32 (K/32,) | ys16 f32 (K/16,)  = 1.5 K bytes.
+a scale per 16 columns:  y i8 (K,) | yd f32 (K/16,) | ys f32 (K/32,) | ys16 f32 (K/16,).
 """
 
 from __future__ import annotations
@@ -43,40 +43,8 @@ def _finish(out, acc, residual, bias, row):
 
 # --- integer formats ------------------------------------------------------------------------------
 def dot_function(bits):
-    """Sum of q*y over n vectors from `first`, within the i16 budget that `bits` allows (simd.py)."""
-    if bits <= 4:
-
-        @inline
-        def dot(q, y):
-            s = pairs_add(pairs_zero(), q[0], broadcast4(y))
-            s = pairs_add(s, q[1], broadcast4(y + 4))
-            s = pairs_add(s, q[2], broadcast4(y + 8))
-            s = pairs_add(s, q[3], broadcast4(y + 12))
-            s = pairs_add(s, q[4], broadcast4(y + 16))
-            s = pairs_add(s, q[5], broadcast4(y + 20))
-            s = pairs_add(s, q[6], broadcast4(y + 24))
-            s = pairs_add(s, q[7], broadcast4(y + 28))
-            return pairs_sum(s)
-    else:
-
-        @inline
-        def dot(q, y):
-            s = pairs_add(pairs_zero(), q[0], broadcast4(y))
-            s = pairs_add(s, q[1], broadcast4(y + 4))
-            s = pairs_add(s, q[2], broadcast4(y + 8))
-            s = pairs_add(s, q[3], broadcast4(y + 12))
-            t = pairs_add(pairs_zero(), q[4], broadcast4(y + 16))
-            t = pairs_add(t, q[5], broadcast4(y + 20))
-            t = pairs_add(t, q[6], broadcast4(y + 24))
-            t = pairs_add(t, q[7], broadcast4(y + 28))
-            return pairs_sum(s) + pairs_sum(t)
-
-    return dot
-
-
-def half_dot_function(bits):
-    """The same over 16 columns (vectors first .. first+3), for formats with a scale per 16."""
-    if bits <= 4:
+    """Sum of q*y over 16 columns, within the i16 budget that `bits` allows (simd.py)."""
+    if bits <= 5:
 
         @inline
         def dot(a, b, c, d, y):
@@ -101,15 +69,19 @@ def half_dot_function(bits):
 def _block_functions(format_):
     """(step, unpack, step_panel, panel_nbytes): how a block joins the sum, and how it is unpacked."""
     load = format_.load
+    dot = dot_function(format_.bits)
     if format_.groups == 1:
-        dot = dot_function(format_.bits)
 
         @inline
         def accumulate(w, y, k, n_blocks, acc):
             q, d, m = w
-            yd = y + n_blocks * 32 + k * 4
-            acc = fma(to_f32(dot(q, y + k * 32)), d * broadcast_f32(yd), acc)
-            return fma(m, broadcast_f32(yd + n_blocks * 4), acc)
+            at = y + k * 32
+            yd = y + n_blocks * 32 + k * 8
+            sum0 = to_f32(dot(q[0], q[1], q[2], q[3], at))
+            sum1 = to_f32(dot(q[4], q[5], q[6], q[7], at + 16))
+            acc = fma(sum0, d * broadcast_f32(yd), acc)
+            acc = fma(sum1, d * broadcast_f32(yd + 4), acc)
+            return fma(m, broadcast_f32(y + n_blocks * 40 + k * 4), acc)
 
         @inline
         def unpack(w, to):
@@ -124,16 +96,16 @@ def _block_functions(format_):
 
         return load, accumulate, unpack, load_panel, 320
 
-    half = half_dot_function(format_.bits)
-
     @inline
     def accumulate16(w, y, k, n_blocks, acc):
         q, d0, d1, m0, m1 = w
         at = y + k * 32
-        yd = broadcast_f32(y + n_blocks * 32 + k * 4)
-        ys = y + n_blocks * 40 + k * 8
-        acc = fma(to_f32(half(q[0], q[1], q[2], q[3], at)), d0 * yd, acc)
-        acc = fma(to_f32(half(q[4], q[5], q[6], q[7], at + 16)), d1 * yd, acc)
+        yd = y + n_blocks * 32 + k * 8
+        ys = y + n_blocks * 44 + k * 8
+        sum0 = to_f32(dot(q[0], q[1], q[2], q[3], at))
+        sum1 = to_f32(dot(q[4], q[5], q[6], q[7], at + 16))
+        acc = fma(sum0, d0 * broadcast_f32(yd), acc)
+        acc = fma(sum1, d1 * broadcast_f32(yd + 4), acc)
         acc = fma(m0, broadcast_f32(ys), acc)
         return fma(m1, broadcast_f32(ys + 4), acc)
 
@@ -256,9 +228,7 @@ def _project_q8(format_):
                         panel = scratch + g * n_blocks * panel_nbytes
                         y = x + t * x_stride
                         if t + TILE <= first + count:
-                            tile(
-                                to, out_stride, y, x_stride, panel, n_blocks, residual, bias, row
-                            )
+                            tile(to, out_stride, y, x_stride, panel, n_blocks, residual, bias, row)
                         else:
                             for i in range(first + count - t):
                                 tail(
@@ -327,9 +297,7 @@ def _project_f32(format_):
             if count < TILE:
                 for t in range(first, first + count):
                     to = out + t * out_stride + row * 4
-                    one_token(
-                        to, x + t * x_stride, base, group, n_blocks, residual, bias, row
-                    )
+                    one_token(to, x + t * x_stride, base, group, n_blocks, residual, bias, row)
             else:
                 for pair in range(2):  # the panel: 16 rows, column by column
                     for half in range(2):

@@ -244,9 +244,7 @@ def _q3_k(b: Bytes, out: Bytes) -> None:
     scales = low | (high.reshape(low.shape) << 4)
     at = _put(out, 0, _f16(b, 108))
     at = _put(out, at, _rows_last(scales.astype(np.int8) - np.int8(32)))
-    at = _put(
-        out, at, _per_super(_two_bit_plane(_sub_blocks(_two_bits_of_32(b[..., 32:96]))), n)
-    )
+    at = _put(out, at, _per_super(_two_bit_plane(_sub_blocks(_two_bits_of_32(b[..., 32:96]))), n))
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     third = (b[..., None, :32] >> shifts) & 1
     _put(out, at, _per_super(_bit_plane(_sub_blocks(third)), n))

@@ -10,9 +10,7 @@ from .layout import STEP_POSITIONS
 from .simd import *
 
 
-def rope(
-    step, part, first, count, scratch, x, x_stride, n_heads, head_size, n_dims, table, neox
-):
+def rope(step, part, first, count, scratch, x, x_stride, n_heads, head_size, n_dims, table, neox):
     """Rotate the first `n_dims` of every head of every token by its position."""
     positions = load_i64(step + STEP_POSITIONS)
     half = n_dims // 2

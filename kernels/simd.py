@@ -19,8 +19,8 @@ import operator
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.core.typing import signature as make_signature
+from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from . import generic
@@ -325,9 +325,7 @@ _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, to
 def _round_to_bytes(builder, address, value):
     """Round |v| <= 127 to nearest even and store 8 signed bytes."""
     shifted = builder.fadd(value, splat(f32, 8, _ROUND))
-    ints = builder.sub(
-        builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, 0x4B400000)
-    )
+    ints = builder.sub(builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, 0x4B400000))
     _store(builder, address, builder.trunc(ints, vector(i8, 8)))
     return ints
 
@@ -470,7 +468,9 @@ def sig_args(*args):
     return [types.int64 for _ in args]
 
 
-inline = njit(error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline = njit(
+    error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 """Decorator of a function that kernels call."""
 
 

@@ -71,9 +71,7 @@ class Team:
         self._n_parked = 0
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(
-                target=self._serve, args=(i,), daemon=True, name=f"edgellama-{i}"
-            )
+            threading.Thread(target=self._serve, args=(i,), daemon=True, name=f"edgellama-{i}")
             for i in range(1, self.n_threads)
         ]
         for thread in self._threads:

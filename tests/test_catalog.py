@@ -52,7 +52,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path))
 
     class Mine(Server):
-        requests = []
+        requests = []  # noqa: RUF012
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Mine)
     thread = threading.Thread(target=http.serve_forever)

@@ -27,7 +27,9 @@ def test_run_answers_and_keeps_stdout_clean(smollm2):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "first token" in done.stderr
-    again = run("run", smollm2, "-p", "What is the capital of France?", "-n", 24, "--temp", 0, "-t", 1)
+    again = run(
+        "run", smollm2, "-p", "What is the capital of France?", "-n", 24, "--temp", 0, "-t", 1
+    )
     assert again.stdout == done.stdout
 
 

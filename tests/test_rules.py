@@ -30,7 +30,9 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names += [f"{module}.{a.name}" for a in node.names] if module == "edgellama" else [module]
+            names += (
+                [f"{module}.{a.name}" for a in node.names] if module == "edgellama" else [module]
+            )
     return names
 
 

@@ -37,7 +37,21 @@ def doctor() -> None:
 
 
 _INTERESTING = frozenset(
-    "avx avx2 fma f16c avxvnni avx512f avx512bw avx512vl avx512vnni neon dotprod i8mm sve".split()
+    [
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avxvnni",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512vnni",
+        "neon",
+        "dotprod",
+        "i8mm",
+        "sve",
+    ]
 )
 
 

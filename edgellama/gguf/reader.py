@@ -7,6 +7,7 @@ Source: the GGUF specification, versions 2 and 3.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -138,7 +139,7 @@ class _Cursor:
         """Many strings, fast: tokens of a vocabulary. Invalid UTF-8 is replaced, never refused."""
         data, at, end = self.data, self.at, self.end
         unpack = _U64.unpack_from
-        out = []
+        out: list[str] = []
         append = out.append
         for i in range(count):
             if at + 8 > end:
@@ -199,10 +200,8 @@ class GGUFFile:
         """Unmap the file. Arrays from `data` keep their part of it alive."""
         for _, _, mapping in self._maps:
             if isinstance(mapping, mmap.mmap):
-                try:
+                with contextlib.suppress(BufferError):  # an array still looks into it
                     mapping.close()
-                except BufferError:
-                    pass  # an array still looks into it; it goes with the last of them
         self._maps = []
 
 
@@ -240,8 +239,12 @@ def _other_parts(gguf: GGUFFile, path: Path, n_parts: int) -> list[Path]:
             f"-00001-of-{n_parts:05d}.gguf so that the others can be found"
         )
     if int(match[2]) != 1:
-        raise ModelFileError(f"{path.name} is part {int(match[2])} of {n_parts}; open the first part")
-    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(2, n_parts + 1)]
+        raise ModelFileError(
+            f"{path.name} is part {int(match[2])} of {n_parts}; open the first part"
+        )
+    parts = [
+        path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(2, n_parts + 1)
+    ]
     for part in parts:
         if not part.exists():
             raise ModelFileError(f"{part.name} is missing; {path.name} has {n_parts} parts")
@@ -251,7 +254,9 @@ def _other_parts(gguf: GGUFFile, path: Path, n_parts: int) -> list[Path]:
 def _map(path: Path) -> mmap.mmap:
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ModelFileError(f"{path} cannot be opened: {reason}") from None
@@ -274,7 +279,9 @@ def _read_part(gguf: GGUFFile, path: Path, part: int) -> None:
     c = _Cursor(path, mapping)
     magic = mapping[:4]
     if magic != b"GGUF":
-        raise ModelFileError(f"{path.name} begins with {magic!r}; a GGUF file begins with b'GGUF' (byte 0)")
+        raise ModelFileError(
+            f"{path.name} begins with {magic!r}; a GGUF file begins with b'GGUF' (byte 0)"
+        )
     c.at = 4
     version = c.u32("the version")
     if version not in (2, 3):
@@ -338,7 +345,9 @@ def _read_tensor(c: _Cursor, i: int) -> TensorInfo:
     format_ = FORMAT_BY_ID.get(type_id) or OTHER_TYPES.get(type_id)
     if format_ is None:
         private = 97 <= type_id <= 99 or 133 <= type_id <= 158 or 202 <= type_id <= 399
-        known = "a private type of ik_llama.cpp" if private else "not a type of GGUF, or a removed one"
+        known = (
+            "a private type of ik_llama.cpp" if private else "not a type of GGUF, or a removed one"
+        )
         raise UnsupportedModelError(
             f"{c.path.name}: {what} has type {type_id}, {known} (byte {at}); convert the model anew"
         )

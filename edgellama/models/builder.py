@@ -69,9 +69,7 @@ class Builder:
         """x @ W^T, plus the bias where the file has one."""
         bias = f"{weight}.bias" if f"{weight}.bias" in self.tensors else ""
         n_rows = self.tensors[f"{weight}.weight"].shape[1]
-        return self._emit(
-            "linear", (x,), n_rows, weight=f"{weight}.weight", bias=bias, name=weight
-        )
+        return self._emit("linear", (x,), n_rows, weight=f"{weight}.weight", bias=bias, name=weight)
 
     def rope(self, x: Tensor, n_heads: int, rope: RopeConfig) -> Tensor:
         """Rotate every head by the position of its token."""

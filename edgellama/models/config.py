@@ -86,7 +86,9 @@ class _Keys:
                 raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
             return default
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelFileError(f"{self.file}: {self.arch}.{key} is {value!r}; one integer is needed")
+            raise ModelFileError(
+                f"{self.file}: {self.arch}.{key} is {value!r}; one integer is needed"
+            )
         if not low <= value <= high:
             raise ModelFileError(
                 f"{self.file}: {self.arch}.{key} is {value}; it must be {low} to {high}"
@@ -124,7 +126,9 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         )
     k = _Keys(gguf, arch)
     if k.integer("expert_count", 0, 1 << 16, 0) > 0:
-        raise UnsupportedModelError(f"{gguf.path.name} is a mixture of experts, which is not supported")
+        raise UnsupportedModelError(
+            f"{gguf.path.name} is a mixture of experts, which is not supported"
+        )
     n_layers = k.integer("block_count", 1, 512)
     width = k.integer("embedding_length", 1, 1 << 20)
     n_heads = k.integer("attention.head_count", 1, 1024)
@@ -193,7 +197,9 @@ def _rope(
 ) -> tuple[RopeConfig, RopeConfig | None]:
     n_dims = k.integer("rope.dimension_count", 2, head_size, head_size)
     if n_dims % 2:
-        raise ModelFileError(f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even")
+        raise ModelFileError(
+            f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even"
+        )
     base = k.number("rope.freq_base", 10000.0)
     scaling = k._get("rope.scaling.type") or "none"
     factor = k.number("rope.scaling.factor", k.number("rope.scale_linear", 1.0))
@@ -231,7 +237,11 @@ def _rope(
         beta_slow=k.number("rope.scaling.yarn_beta_slow", 1.0),
         freq_factors=factors,
     )  # fmt: skip
-    local = RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", 10000.0)) if family.gemma else None
+    local = (
+        RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", 10000.0))
+        if family.gemma
+        else None
+    )
     return rope, local
 
 
@@ -247,7 +257,7 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
     }
     if not c.tied:
         needed["output.weight"] = (c.width, c.n_vocab)
-    matrices = {
+    matrices: dict[str, tuple[int, int]] = {
         "attn_q": (c.width, q),
         "attn_k": (c.width, kv),
         "attn_v": (c.width, kv),
@@ -261,10 +271,10 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
         vectors |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
         vectors |= {"attn_q_norm": c.head_size, "attn_k_norm": c.head_size}
     for layer in range(c.n_layers):
-        for part, shape in matrices.items():
-            needed[f"blk.{layer}.{part}.weight"] = shape
+        for part, (n_cols, n_rows) in matrices.items():
+            needed[f"blk.{layer}.{part}.weight"] = (n_cols, n_rows)
             if f"blk.{layer}.{part}.bias" in gguf.tensors:
-                needed[f"blk.{layer}.{part}.bias"] = (shape[1],)
+                needed[f"blk.{layer}.{part}.bias"] = (n_rows,)
         for part, size in vectors.items():
             needed[f"blk.{layer}.{part}.weight"] = (size,)
     for name, shape in needed.items():

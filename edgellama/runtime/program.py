@@ -114,7 +114,7 @@ class Program:
         return slot
 
     def _byte_slot(self, tensor: Tensor) -> Slot:
-        slot = self._slot(padded(tensor.width) * 3 // 2, tensor.of_out_rows)
+        slot = self._slot(padded(tensor.width) // 8 * 13, tensor.of_out_rows)
         self._bytes[tensor] = slot
         return slot
 

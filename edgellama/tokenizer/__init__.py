@@ -57,9 +57,7 @@ class Tokenizer:
         self._split_user = _alternatives(user)
         self._split_all = _alternatives(list(texts))
 
-    def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Return the ids of a text; `add_special` adds BOS and EOS where the model wants them.
 
         Raises: UsageError for text that is not Unicode (lone surrogates).

@@ -7,7 +7,6 @@ Source: sentencepiece_model.proto.
 
 from __future__ import annotations
 
-
 from edgellama.errors import ModelFileError
 
 from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, Vocab
@@ -67,10 +66,14 @@ def _model_proto(vocab: Vocab) -> bytes:
         piece = text.encode()
         length = len(piece)
         if length > 1 << 16:
-            raise ModelFileError(f"tokenizer.ggml.tokens[{i}] has {length} bytes; 65536 are allowed")
+            raise ModelFileError(
+                f"tokenizer.ggml.tokens[{i}] has {length} bytes; 65536 are allowed"
+            )
         kind = UNKNOWN if i == unknown else type_of[vocab.types[i]]
         prefix = small[length] if length < 256 else _varint(length)
-        body = b"\x0a" + prefix + piece + b"\x15" + scores[4 * i : 4 * i + 4] + b"\x18" + small[kind]
+        body = (
+            b"\x0a" + prefix + piece + b"\x15" + scores[4 * i : 4 * i + 4] + b"\x18" + small[kind]
+        )
         size = len(body)
         parts.append(b"\x0a" + (small[size] if size < 256 else _varint(size)) + body)
     has_bytes = len(set(vocab.byte_of.values())) == 256
@@ -84,5 +87,3 @@ def _model_proto(vocab: Vocab) -> bytes:
     normalizer = b"\x0a\x08identity" + b"\x18\x00\x20\x00\x28\x01"
     parts.append(b"\x1a" + _varint(len(normalizer)) + normalizer)
     return b"".join(parts)
-
-

@@ -104,7 +104,9 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
         eos = 2 if eos is None and n > 2 else eos
     ends = {eos, token_id("eot"), token_id("eom")} - {None}
     wanted = set(_END_TEXTS)
-    ends |= {i for i, text in enumerate(tokens) if text in wanted and types[i] in (CONTROL, USER_DEFINED)}
+    ends |= {
+        i for i, text in enumerate(tokens) if text in wanted and types[i] in (CONTROL, USER_DEFINED)
+    }
     return Vocab(
         model=model,
         pre=str(get("pre") or ""),
