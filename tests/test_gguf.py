@@ -136,7 +136,7 @@ def test_split_file_with_a_missing_part(tmp_path):
         ({"embedding_length": 264}, "token_embd.weight"),
         ({"embedding_length": "wide"}, "embedding_length"),
         ({"feed_forward_length": 500}, "ffn_gate"),
-        ({"attention.key_length": 32}, "attn_q"),
+        ({"attention.key_length": 32, "attention.value_length": 32}, "attn_q"),
         ({"vocab_size": 999}, "vocab_size"),
         ({"expert_count": 8}, "experts"),
         ({"general.architecture": "mamba"}, "mamba"),

@@ -34,7 +34,7 @@ def test_format_matches_oracle_and_is_bit_identical(tmp_path, format_name):
     logits = engine.logits(IDS)
     # Float formats differ by f32 sums and the f16 cache; byte activations by their rounding.
     is_float = format_name in ("f32", "f16", "bf16", "q8_0", "iq4_nl", "iq4_xs")
-    assert relative_error(logits, NaiveModel(path).logits(IDS)) < (2e-3 if is_float else 4e-2)
+    assert relative_error(logits, NaiveModel(path).logits(IDS)) < (2e-3 if is_float else 6e-2)
 
     alone = engine.new_sequence()
     one_by_one = np.array([engine.evaluate(alone, [i]) for i in IDS])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
@@ -120,6 +121,7 @@ class Engine:
         self._n_records = len(program.records)
         self._team = team.Team(self._pack, n_threads, program.scratch_nbytes)
         self._team.use(self._bound.table)
+        weakref.finalize(self, self._team.close)  # for those who forget to
         self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
         self._ids = np.zeros(self.n_batch, np.int32)
         self._positions = np.zeros(self.n_batch, np.int32)
