@@ -53,7 +53,7 @@ class Sampler:
         """Return the ids that are left and their probabilities f64, most likely first.
 
         Equal logits stand in the order of their ids. What min-p will drop is never sorted: at
-        V = 262144 without top-k that is the difference between 25 ms and 2 ms.
+        V = 262144 without top-k that is the difference between 37 ms and 2.4 ms.
         """
         ids = _largest(logits, self.top_k) if 0 < self.top_k < len(logits) else None
         values = (logits if ids is None else logits[ids]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Sampling against values of our own, ties and edges, and against third-party values where present."""
+"""Sampling and stop strings: the definition, ties and edges; third-party values where present."""
 
 from __future__ import annotations
 

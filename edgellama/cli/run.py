@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import click
 
@@ -46,6 +47,7 @@ def command(
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("there is no prompt; give one with -p or on stdin")
         prompt = sys.stdin.buffer.read().decode(errors="replace")
+        prompt = prompt.removesuffix("\n").removesuffix("\r")  # echo's, not the author's
     from edgellama.llm import LLM
 
     out = sys.stdout.buffer
@@ -53,14 +55,14 @@ def command(
         model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
         override_pre=override_pre,
     ) as llm:  # fmt: skip
-        options = {
+        options: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p,
             "min_p": min_p, "seed": seed, "stop": stop,
         }  # fmt: skip
         if raw or llm.template is None:
             if system is not None:
                 raise UsageError("--system needs a chat template; leave out --raw")
-            deltas = llm.stream(prompt, parse_special=True, **options)  # type: ignore[arg-type]
+            deltas = llm.stream(prompt, parse_special=True, **options)
         else:
             messages = [{"role": "system", "content": system}] if system else []
             deltas = llm.stream_chat([*messages, {"role": "user", "content": prompt}], **options)
