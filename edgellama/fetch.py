@@ -29,6 +29,9 @@ TIMEOUT_S = 30.0
 PATIENCE = 5  # tries in a row that bring nothing new
 PAUSE_S = 0.5  # after the first of them; doubles
 _MOST_TRIES = 100
+_OF_THE_DISK = {
+    getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "EFBIG")
+}
 _CHUNK_NBYTES = 1 << 20
 
 
@@ -185,7 +188,7 @@ def from_url(url: str, path: Path, sha256: str = "") -> None:
                 raise DownloadError(_refusal(url, error.code, error.reason)) from None
             reason = f"it answered {error.code} {error.reason}"
         except (OSError, HTTPException, EOFError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                 raise
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         fruitless = 0 if _size(part) > most else fruitless + 1
@@ -207,6 +210,7 @@ def _stopped(url: str, reason: str) -> str:
 
 def _refusal(url: str, code: int, reason: str) -> str:
     hint = {401: "; it is private or asks for a licence to be accepted", 404: "; check the name"}
+    reason = " ".join(reason.split())
     return f"{url} answered {code} {reason}{hint.get(401 if code == 403 else code, '')}"
 
 
@@ -274,7 +278,7 @@ def _fetch(opener: OpenerDirector, url: str, path: Path, *, trusted: bool) -> No
 
     part, tag_file = _part(path), _tag(path)
     have = _size(part)
-    tag = tag_file.read_text() if tag_file.exists() else ""
+    tag = tag_file.read_text("utf-8") if tag_file.exists() else ""
     headers = {"User-Agent": "edgellama", "Accept-Encoding": "identity"}
     if have and (tag or trusted):
         headers["Range"] = f"bytes={have}-"
@@ -282,17 +286,21 @@ def _fetch(opener: OpenerDirector, url: str, path: Path, *, trusted: bool) -> No
         headers["If-Range"] = tag
     with opener.open(Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
         have = have if answer.status == 206 else 0
-        total = _total(answer.headers, have, partial=answer.status == 206)
+        try:
+            total = _total(answer.headers, have, partial=answer.status == 206)
+        except EOFError:
+            part.unlink(missing_ok=True)  # its ranges cannot be trusted: begin again
+            raise
         etag = answer.headers.get("ETag", "")
         tag = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
-        tag_file.write_text(tag)
         _need_space(part.parent, (total or 0) - have)
         with (
             open(part, "ab" if have else "wb") as out,
             progress(f"Fetching {path.name}", total) as advance,
         ):
+            tag_file.write_text(tag, "utf-8")  # after the old bytes are gone
             advance(have)
-            while chunk := answer.read(_CHUNK_NBYTES):
+            while chunk := answer.read1(_CHUNK_NBYTES):
                 out.write(chunk)
                 advance(len(chunk))
             size = out.tell()
