@@ -1,8 +1,8 @@
 """Small random models in GGUF, in any weight format: what the tests run on.
 
 `random_blocks` makes valid bytes of every format in `edgellama.kernels.blocks.FORMATS`: every code,
-sub-scale and sign occurs, and scales are such that a row of weights has about unit gain.  `make_model`
-writes a whole file of the `llama` or `gemma3` architecture with a toy vocabulary that loads.
+sub-scale and sign occurs, and scales are such that a row of weights has about unit gain.
+`make_model` writes a whole file of the `llama` or `gemma3` architecture with a toy vocabulary.
 `benchmarks/synthetic.py` makes large files with the same parts.
 """
 
@@ -50,7 +50,7 @@ _SCALES = {
 def random_blocks(
     format_name: str, n_rows: int, n_cols: int, rng: np.random.Generator, gain: float = 1.0
 ) -> np.ndarray:
-    """Return u8 (n_rows, row bytes): random weights of standard deviation about gain / sqrt(n_cols).
+    """Return u8 (n_rows, row bytes): weights of standard deviation about gain / sqrt(n_cols).
 
     Some blocks have a scale of zero.  Raises: ValueError when a row is no whole number of blocks.
     """
@@ -91,7 +91,7 @@ def bytes_to_text() -> dict[int, str]:
 
 
 def bpe_vocabulary(n_vocab: int) -> dict[str, Any]:
-    """Metadata of a byte-level BPE of `n_vocab` tokens: 256 bytes, a few merges, specials, fillers."""
+    """Metadata of a byte-level BPE of `n_vocab` tokens: bytes, a few merges, specials, fillers."""
     text = bytes_to_text()
     space = text[ord(" ")]
     merges = [("t", "h"), ("th", "e"), (space, "the"), ("i", "n"), (space, "a"), ("e", "r")]
@@ -178,7 +178,7 @@ class Shape:
     n_heads: int = 8
     n_kv_heads: int = 4
     head_size: int = 32
-    ffn_width: int = 512
+    ffn: int = 512
     n_vocab: int = 328
     n_dims: int = 0  # rotated dimensions; 0: all
     context_length: int = 4096
@@ -188,8 +188,8 @@ class Shape:
         d, q, kv = self.width, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         parts = {
             "attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q),
-            "ffn_gate": (self.ffn_width, d), "ffn_up": (self.ffn_width, d),
-            "ffn_down": (d, self.ffn_width),
+            "ffn_gate": (self.ffn, d), "ffn_up": (self.ffn, d),
+            "ffn_down": (d, self.ffn),
         }  # fmt: skip
         return {f"blk.{layer}.{part}": shape for part, shape in parts.items()}
 
@@ -199,7 +199,7 @@ class Shape:
             f"{arch}.block_count": self.n_layers,
             f"{arch}.context_length": self.context_length,
             f"{arch}.embedding_length": self.width,
-            f"{arch}.feed_forward_length": self.ffn_width,
+            f"{arch}.feed_forward_length": self.ffn,
             f"{arch}.attention.head_count": self.n_heads,
             f"{arch}.attention.head_count_kv": self.n_kv_heads,
             f"{arch}.attention.key_length": self.head_size,
@@ -215,7 +215,7 @@ def make_model(
     path: Path,
     arch: str = "llama",
     *,
-    format: str = "q4_1",  # noqa: A002
+    format_name: str = "q4_1",
     embedding: str | None = None,
     output: str | None = None,
     tied: bool = True,
@@ -223,15 +223,15 @@ def make_model(
     window: int = 0,
     biases: bool = False,
     rope_freqs: bool = False,
-    extra: Mapping[str, Any] | None = None,
+    keys: Mapping[str, Any] | None = None,
     seed: int = 1,
     **sizes: int,
 ) -> Path:
     """Write a random model and return its path.
 
-    `format` is that of the matrices; `embedding` and `output` default to it.  `extra` adds or
-    replaces keys, and names without a dot get the architecture in front ("rope.scaling.type" does
-    too).  `sizes` are the fields of `Shape`.
+    `format_name` is that of the matrices; `embedding` and `output` default to it.  `keys` adds or
+    replaces metadata; "rope.freq_base" stands for "llama.rope.freq_base".  `sizes` are the fields
+    of `Shape`.
     """
     shape = Shape(**sizes)
     rng = np.random.default_rng(seed)
@@ -240,7 +240,7 @@ def make_model(
     metadata |= VOCABULARIES[vocabulary](shape.n_vocab)
     if window or arch == "gemma3":
         metadata[f"{arch}.attention.sliding_window"] = window or 512
-    for key, value in (extra or {}).items():
+    for key, value in (keys or {}).items():
         known = key.startswith((f"{arch}.", "general.", "tokenizer."))
         metadata[key if known else f"{arch}.{key}"] = value
     add_metadata(writer, metadata)
@@ -260,14 +260,14 @@ def make_model(
 
     # Tied embeddings are also the head: this gain gives logits a standard deviation of 4 or 1.
     gain = 1.0 if arch == "gemma3" else shape.width**0.5 / 4
-    matrix("token_embd", embedding or format, shape.n_vocab, shape.width, gain)
+    matrix("token_embd", embedding or format_name, shape.n_vocab, shape.width, gain)
     if not tied:
-        matrix("output", output or format, shape.n_vocab, shape.width, 4.0)
+        matrix("output", output or format_name, shape.n_vocab, shape.width, 4.0)
     vector("output_norm.weight", shape.width)
     for layer in range(shape.n_layers):
         blk = f"blk.{layer}"
         for name, (n_rows, n_cols) in shape.matrices(layer).items():
-            matrix(name, format, n_rows, n_cols)
+            matrix(name, format_name, n_rows, n_cols)
             if biases:
                 vector(f"{name}.bias", n_rows, mean=0.0)
         vector(f"{blk}.attn_norm.weight", shape.width)
