@@ -4,8 +4,9 @@ Run from the top of a checkout with a Python that has llama-cpp-python and NumPy
 
     python -m benchmarks.record_golden SmolLM2-135M-Instruct.Q4_1.gguf gemma-3-270m-q4_k_m.gguf
 
-Writes greedy tokens with the lead of each step's first choice to `tests/data/golden.json`, and the
-divergence of every row from the float reference to `tests/data/reference/<model>.npz`.
+Writes greedy tokens with the lead of each step's token to `tests/data/golden.json`, and the
+divergence of every row from the float reference to `tests/data/reference/<model>.npz`.  Then, with
+the Python that runs the tests, the same line with `--float` adds what the oracle says of each step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import llama_cpp
 import numpy as np
 
-from tests.naive import divergence, log_softmax
+from tests.naive import NaiveModel, divergence, log_softmax
+
+if TYPE_CHECKING:
+    import llama_cpp
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 N_TOKENS = 64
@@ -49,8 +52,15 @@ PROMPTS = {
 }
 
 
+def lead(logits: np.ndarray, token: int) -> float:
+    """By how much the logit of `token` exceeds the largest other one; below 0 if it does not."""
+    return round(float(logits[token] - np.delete(logits, token).max()), 4)
+
+
 def record_greedy(model: llama_cpp.Llama, prompt: str) -> dict[str, Any]:
-    """Continue a prompt greedily; `margins` are logits of the first choice minus the second."""
+    """Continue a prompt greedily; `margins` say by how much each token leads."""
+    import llama_cpp
+
     prompt_ids = model.tokenize(prompt.encode(), add_bos=True, special=True)
     model.reset()
     model.eval(prompt_ids)
@@ -58,9 +68,8 @@ def record_greedy(model: llama_cpp.Llama, prompt: str) -> dict[str, Any]:
     margins: list[float] = []
     while True:
         logits = model.scores[model.n_tokens - 1]
-        second, first = np.argpartition(logits, -2)[-2:]
         ids.append(int(np.argmax(logits)))
-        margins.append(round(float(logits[first] - logits[second]), 4))
+        margins.append(lead(logits, ids[-1]))
         is_end = llama_cpp.llama_vocab_is_eog(model._model.vocab, ids[-1])
         if len(ids) == N_TOKENS or is_end:
             break
@@ -89,26 +98,50 @@ def record_divergence(model: llama_cpp.Llama, path: Path) -> np.ndarray:
     return kl
 
 
-def main() -> None:
-    """Record every model that is named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, nargs="+", help=", ".join(PROMPTS))
+def record_peer(paths: list[Path]) -> dict[str, Any]:
+    """Return llama.cpp's answers, and write its divergence."""
+    import llama_cpp
+
     golden: dict[str, Any] = {"llama_cpp_python": llama_cpp.__version__, "models": {}}
-    for path in parser.parse_args().models:
+    for path in paths:
         model = llama_cpp.Llama(
             str(path), n_ctx=1024, n_batch=512, n_threads=N_THREADS, n_threads_batch=N_THREADS,
             logits_all=True, verbose=False,
         )  # fmt: skip
         kl = record_divergence(model, DATA / "reference" / f"{path.stem}.npz")
         print(f"{path.stem}: mean KL of llama.cpp {kl.mean():.5f} over {len(kl)} rows")
-        answers = [record_greedy(model, prompt) for prompt in PROMPTS[path.stem]]
-        golden["models"][path.stem] = answers
-        for answer in answers:
-            close = next((i for i, m in enumerate(answer["margins"]) if m < 0.3), N_TOKENS)
-            print(f"  first close call {close:2d}  {answer['prompt']!r} -> {answer['text']!r}")
+        golden["models"][path.stem] = [record_greedy(model, p) for p in PROMPTS[path.stem]]
         model.close()
-    text = json.dumps(golden, indent=1, ensure_ascii=True)
-    (DATA / "golden.json").write_text(text + "\n", encoding="ascii")
+    return golden
+
+
+def add_float_margins(golden: dict[str, Any], paths: list[Path]) -> None:
+    """Add `float_margins`: the lead of each token in a float32 evaluation of the weights."""
+    for path in paths:
+        with NaiveModel(path, dtype=np.float32) as model:
+            for answer in golden["models"][path.stem]:
+                first = len(answer["prompt_ids"]) - 1
+                rows = model.logits([*answer["prompt_ids"], *answer["ids"][:-1]])[first:]
+                pairs = zip(rows, answer["ids"], strict=True)
+                answer["float_margins"] = [lead(row, token) for row, token in pairs]
+                margins = zip(answer["margins"], answer["float_margins"], strict=True)
+                close = next((i for i, m in enumerate(margins) if min(m) < 0.3), N_TOKENS)
+                print(f"first close call {close:2d}  {answer['prompt']!r} -> {answer['text']!r}")
+
+
+def main() -> None:
+    """Record every model that is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, nargs="+", help=", ".join(PROMPTS))
+    parser.add_argument("--float", action="store_true", help="add the margins of the oracle")
+    options = parser.parse_args()
+    path = DATA / "golden.json"
+    if options.float:
+        golden = json.loads(path.read_text(encoding="ascii"))
+        add_float_margins(golden, options.models)
+    else:
+        golden = record_peer(options.models)
+    path.write_text(json.dumps(golden, indent=1, ensure_ascii=True) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":

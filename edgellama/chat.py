@@ -1,6 +1,6 @@
 """Chat templates from a model's metadata, in a sandbox with limits on time and output.
 
-A template is code by whoever made the file. It runs in jinja2's immutable sandbox, and under a trace
+A template is code by whoever made the file. It runs in jinja2's immutable sandbox, under a trace
 that stops its Python code, loops and recursion included, after a second. One operation in C could
 outlast the trace or fill the memory, so operators, joins and padding are bounded before they run.
 """
@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from edgellama.errors import TemplateError
@@ -124,11 +125,11 @@ def _environment() -> Any:
         """`a ~ b` becomes a call of `concat`, which looks at the lengths first."""
 
         def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-            self.write("environment.concat([str(part) for part in (")
+            self.write("environment.concat((")
             for part in node.nodes:
                 self.visit(part, frame)
                 self.write(", ")
-            self.write(")])")
+            self.write("))")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -141,7 +142,7 @@ def _environment() -> Any:
 
         def call(_self, _context: Any, _object: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
             name = getattr(_object, "__name__", "")
-            owner = getattr(_object, "__self__", None)
+            owner = getattr(getattr(_object, "__wrapped__", _object), "__self__", None)
             if isinstance(owner, str):
                 _check_text(name, owner, [*args, *kwargs.values()])
             return super().call(_context, _object, *args, **kwargs)
@@ -150,13 +151,14 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", Generation],
+        finalize=_weighed,
     )
-    for name in ("center", "format", "indent", "replace", "join"):
-        environment.filters[name] = _bounded(name, environment.filters[name])
-    for name in ("urlize", "wordwrap", "xmlattr"):  # HTML, never chat
-        del environment.filters[name]
-    del environment.globals["lipsum"]
     environment.filters["tojson"] = _to_json
+    for name in ("urlize", "wordwrap", "xmlattr"):  # for HTML, never for chat
+        del environment.filters[name]
+    for name, plain in environment.filters.items():
+        environment.filters[name] = _bounded(name, plain)
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: time.strftime(form[:1000])
     return environment
@@ -181,14 +183,36 @@ def _to_json(
 # --- bounds ---------------------------------------------------------------------------------------
 def _check_size(n: int) -> None:
     if n > MAX_CHARACTERS:
-        raise TemplateError(f"the chat template made a value of over {MAX_CHARACTERS} elements")
+        raise TemplateError(f"the chat template made a value of over {MAX_CHARACTERS} characters")
 
 
-def _join(parts: Iterable[str]) -> str:
-    """Join strings that fit the limit together; macros, blocks and `~` end here."""
+def _weigh(value: Any) -> int:
+    """Count about how many characters a value is when written out.
+
+    Raises: TemplateError over the limit; lists that hold one another many times stop there too.
+    """
+    total, stack = 0, [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack += value
+        total += len(value) if isinstance(value, str) else 4
+        _check_size(total + len(stack))
+    return total
+
+
+def _weighed(value: Any) -> Any:
+    _weigh(value)
+    return value
+
+
+def _join(parts: Iterable[Any]) -> str:
+    """Join what fits the limit together; macros, blocks and `~` end here."""
     parts = list(parts)
-    _check_size(sum(map(len, parts)))
-    return "".join(parts)
+    _weigh(parts)
+    return "".join(map(str, parts))
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
@@ -203,52 +227,49 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
             raise TemplateError(f"the chat template made an integer of over {_MAX_BITS} bits")
     elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
         n, value = (left, right) if isinstance(left, int) else (right, left)
-        _check_size(n * len(value) if hasattr(value, "__len__") else 0)
-    elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-        _check_size(len(left) + len(right))
+        _check_size(n * _weigh(value))
+    elif operator == "+":
+        _check_size(_weigh(left) + _weigh(right))
     elif operator == "%" and isinstance(left, str):
         _check_text("format", left, [right])
 
 
 def _check_text(name: str, text: str, arguments: list[Any]) -> None:
     """Refuse a method or filter of strings whose result would be huge."""
+    weight = _weigh(arguments)
     strings = [a for a in arguments if isinstance(a, str)]
     if name == "replace" and len(strings) == 2:
         _check_size(len(text) + text.count(strings[0]) * len(strings[1]))
     elif name == "join" and arguments and hasattr(arguments[0], "__len__"):
-        _check_size(len(arguments[0]) * len(text) + sum(map(_length, arguments[0])))
+        _check_size(len(arguments[0]) * len(text) + weight)
     elif name == "translate":
         raise TemplateError("the chat template calls translate, which is not allowed")
     elif name in ("format", "format_map"):
         if re.search(r"\d{5}|%[^%a-zA-Z]*\*|:[^{}]*\{", text):
             raise TemplateError("the chat template pads text without a bound")
-        _check_size(len(text) * (1 + max(map(_length, arguments), default=0)))
+        _check_size(len(text) + (text.count("%") + text.count("{")) * weight)
     elif name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent"):
         lines = text.count("\n") + text.count("\t") + 1
         wide = max((a for a in arguments if isinstance(a, int)), default=8)
-        _check_size(lines * max(wide, max(map(len, strings), default=0)))
-
-
-def _length(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 32
+        _check_size(len(text) + lines * max(wide, max(map(len, strings), default=0)))
 
 
 def _bounded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of jinja2 that looks at the size of its result first."""
-    from functools import wraps
+    """Make a filter of jinja2 look at the size of its operands and result first."""
+    start = 1 if hasattr(plain, "jinja_pass_arg") else 0  # then a context comes first
 
-    @wraps(plain)  # keeps the mark of filters that take the evaluation context
+    @wraps(plain)  # keeps that mark
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = list(args)
-        start = 1 if name in ("replace", "join") else 0  # those take the evaluation context first
-        if name == "join" and not isinstance(given[start], str | list | tuple):
+        if name == "join" and not hasattr(given[start], "__len__"):
             given[start] = list(given[start])
         value, rest = given[start], [*given[start + 1 :], *kwargs.values()]
         if name == "join":
-            separator = next((a for a in rest if isinstance(a, str)), "")
-            _check_text(name, separator, [value])
+            _check_text(name, next((a for a in rest if isinstance(a, str)), ""), [value])
+        elif name in ("center", "format", "indent", "replace"):
+            _check_text(name, str(_weighed(value)), rest)
         else:
-            _check_text(name, str(value), rest)
+            _weigh([value, rest])
         return plain(*given, **kwargs)
 
     return checked

@@ -1,26 +1,42 @@
-"""Facts about this machine's processors: how many threads it makes sense to run."""
+"""Facts about this machine: how many threads it makes sense to run, and how much memory there is.
+
+Every fact has a fallback, so that an odd system is served with fewer facts rather than an error.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
+import sys
 from pathlib import Path
 
 
-def n_usable_cores() -> int:
-    """Physical cores that this process may use: affinity, SMT siblings and cgroup quota respected."""
+def allowed_cpus() -> list[int]:
+    """Logical processors that this process may run on."""
     try:
-        allowed = sorted(os.sched_getaffinity(0))
+        return sorted(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
-        allowed = list(range(os.cpu_count() or 1))
+        return list(range(os.cpu_count() or 1))
+
+
+def n_allowed_cores() -> int:
+    """Physical cores among them, where the system tells which processors share one."""
     siblings = set()
-    for cpu in allowed:
+    for cpu in allowed_cpus():
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             siblings.add(path.read_text().strip())
         except OSError:
             siblings.add(str(cpu))
-    return max(1, min(len(siblings), math.ceil(cgroup_quota() or len(siblings))))
+    return len(siblings)
+
+
+def n_usable_cores() -> int:
+    """Physical cores worth a thread: affinity, SMT siblings and cgroup quota respected."""
+    n_cores = n_allowed_cores()
+    return max(1, min(n_cores, math.ceil(cgroup_quota() or n_cores)))
 
 
 def cgroup_quota() -> float | None:
@@ -37,3 +53,58 @@ def cgroup_quota() -> float | None:
         return quota_us / period_us if quota_us > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, or its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_nbytes() -> tuple[int | None, int | None]:
+    """Memory of the machine: (all, available now); None where it cannot be told."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+        return total, free
+    except (OSError, KeyError, ValueError):
+        pass
+    if sys.platform == "win32":
+        return _windows_memory()
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
+    except (AttributeError, OSError, ValueError):
+        return None, None
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    class Status(ctypes.Structure):
+        _fields_ = (  # MEMORYSTATUSEX
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            ("total", ctypes.c_uint64),
+            ("available", ctypes.c_uint64),
+            ("others", ctypes.c_uint64 * 5),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined, unused-ignore]
+    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None, None
+    return status.total, status.available
+
+
+def cgroup_memory_nbytes() -> int | None:
+    """Memory that the control group grants, or None."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = int((Path("/sys/fs/cgroup") / name).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return limit if limit < 1 << 60 else None
+    return None

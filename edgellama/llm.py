@@ -3,12 +3,13 @@
     with LLM("smollm2-135m") as llm:
         print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
 
-Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer, the chat
-template, the sampler and the stop rules.
+Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer,
+the chat template, the sampler and the stop rules.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from edgellama.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+
+_log = logging.getLogger("edgellama")  # without a configuration, warnings go to stderr
 
 
 @dataclass(slots=True)
@@ -66,9 +69,9 @@ class LLM:
     """A model, ready to answer.
 
     `model` is a path, a catalogue name, hf:org/repo/file.gguf or a URL; None is the default model.
-    `n_ctx` is the most tokens of one text (default: 4096, or less if the model was trained for less),
-    `n_batch` the most tokens in one step, `n_threads` defaults to the physical cores that may be used,
-    `kv_type` is "f16" or "f32", `seed` None is random.
+    `n_ctx` is the most tokens of one text (default: 4096, or what the model was trained for if that
+    is less), `n_batch` the most tokens in one step, `n_threads` defaults to the physical cores that
+    may be used, `kv_type` is "f16" or "f32", `seed` None is random.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -95,7 +98,13 @@ class LLM:
                     f"{path.name}: the tokenizer has {self.tokenizer.n_vocab} tokens, the model "
                     f"{self.config.n_vocab}"
                 )
-            self.n_ctx = min(4096, self.config.context_length) if n_ctx is None else n_ctx
+            trained = self.config.context_length
+            self.n_ctx = min(4096, trained) if n_ctx is None else n_ctx
+            if self.n_ctx > trained:
+                _log.warning(
+                    "%s was trained for %d tokens; with n_ctx %d, the text may lose its sense",
+                    self.config.name, trained, self.n_ctx,
+                )  # fmt: skip
             self._engine = Engine(
                 gguf,
                 self.config,
@@ -158,8 +167,10 @@ class LLM:
         `max_tokens` None means until the model ends or the context is full.
         Raises: ContextOverflowError when the prompt does not fit, UsageError.
         """
-        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 0):
-            raise UsageError(f"max_tokens is {max_tokens!r}; it must be 0 or more")
+        if max_tokens is not None and not (
+            isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
+        ):
+            raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number, 0 or more")
         seed = self._next_seed() if seed is None else seed
         sampler = Sampler(temperature, top_k, top_p, min_p, seed)
         stops = StopStrings(stop)
@@ -177,8 +188,10 @@ class LLM:
                 f"the prompt has {len(ids)} tokens but the context holds {self.n_ctx}; "
                 "shorten it or use a larger n_ctx (-c)"
             )
-        limit = self.n_ctx - len(ids)
-        return self._generate(ids, sampler, stops, limit if max_tokens is None else max_tokens)
+        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        if max_tokens is not None:
+            limit = min(limit, max_tokens)
+        return self._generate(ids, sampler, stops, limit)
 
     def _generate(
         self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
@@ -206,7 +219,7 @@ class LLM:
                     yield Delta(text, [token])
                     break
                 yield Delta(text, [token])
-                if len(sequence.tokens) >= self.n_ctx or timings.predicted_n == max_tokens:
+                if timings.predicted_n == max_tokens:
                     break
                 logits = engine.evaluate(sequence, [token])
             rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
@@ -218,8 +231,8 @@ class LLM:
         self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
     ) -> Completion | list[Completion]:
         """Continue a text; options as in `stream`. With n > 1, return n completions."""
-        if n < 1:
-            raise UsageError(f"n is {n}; it must be at least 1")
+        if not isinstance(n, int) or n < 1:
+            raise UsageError(f"n is {n!r}; it must be a whole number, at least 1")
         seed = options.pop("seed", None)
         done = [
             _collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))

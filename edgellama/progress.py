@@ -1,4 +1,7 @@
-"""A progress bar on stderr, shown only on a terminal and only when something lasts over a second."""
+"""A progress bar on stderr, shown only on a terminal and only when something lasts over a second.
+
+Rich is imported when the bar appears, so that what is quick pays nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _DELAY_S = 1.0
 
 
-@contextmanager
-def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`; `total` and `n` are bytes when `unit` is "B", otherwise a plain count."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    lock = threading.Lock()
-    state = {"done": 0, "bar": None, "task": None}
-    start = time.monotonic()
+class _Bar:
+    """Counts, and becomes visible once `_DELAY_S` has passed; any thread may advance it."""
 
-    def open_bar() -> None:
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.start = time.monotonic()
+        self.lock = threading.Lock()
+        self.rich: Progress | None = None
+
+    def advance(self, n: int) -> None:
+        with self.lock:
+            self.done += n
+            if self.rich is None and time.monotonic() - self.start > _DELAY_S:
+                self.rich = self._show()
+            if self.rich is not None:
+                self.rich.update(self.rich.task_ids[0], completed=self.done)
+
+    def _show(self) -> Progress:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -31,24 +46,28 @@ def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Callabl
             TimeRemainingColumn,
         )
 
-        count = DownloadColumn() if unit == "B" else MofNCompleteColumn()
         bar = Progress(
-            "{task.description}", BarColumn(), count, TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
+            "{task.description}",
+            BarColumn(),
+            DownloadColumn() if self.unit == "B" else MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        bar.add_task(self.title.replace("[", r"\["), total=self.total)
         bar.start()
-        state["bar"], state["task"] = bar, bar.add_task(title, total=total)  # type: ignore[assignment]
+        return bar
 
-    def advance(n: int) -> None:
-        with lock:
-            state["done"] += n  # type: ignore[operator]
-            if state["bar"] is None and time.monotonic() - start > _DELAY_S:
-                open_bar()
-            if state["bar"] is not None:
-                state["bar"].update(state["task"], completed=state["done"])  # type: ignore[attr-defined]
 
+@contextmanager
+def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`; `total` and `n` are bytes when `unit` is "B", otherwise a plain count."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    bar = _Bar(title, total, unit)
     try:
-        yield advance
+        yield bar.advance
     finally:
-        if state["bar"] is not None:
-            state["bar"].stop()  # type: ignore[attr-defined]
+        if bar.rich is not None:
+            bar.rich.stop()

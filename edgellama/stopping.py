@@ -24,10 +24,14 @@ class StopStrings:
         if self.stopped:
             return ""
         self._held += text
-        found = [i for i in (self._held.find(stop) for stop in self._stops) if i >= 0]
-        if found:
+        found = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := self._held.find(stop)) >= 0
+        ]
+        if found:  # the one complete first, however the text was cut into pieces
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            out, self._held = self._held[: min(found)[1]], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         out = self._held[: len(self._held) - keep]

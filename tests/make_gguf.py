@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+
 from edgellama.kernels.blocks import FORMATS
 
 # Byte offsets of the f16 scales of a block, and about the largest code they multiply.

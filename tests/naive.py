@@ -1,102 +1,250 @@
-"""The slow oracle: forward passes in plain NumPy, f64, on weights dequantized by the gguf package."""
+"""The slow NumPy oracle: what a model's weights say, written as plainly as possible.
+
+Nothing here is shared with the kernels, the builder or `config.py`: hyper-parameters come straight
+from the metadata, and weights through the `gguf` package's own dequantization.  Only the container
+is read by `edgellama.gguf`, which its own tests compare with the `gguf` package.  `test_models.py`
+compares every kernel path with this file; `test_fidelity.py` uses its divergence, and so does
+`benchmarks/record_golden.py`, where only NumPy is at hand: everything else is imported late.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import gguf
 import numpy as np
 
 
+def dequantize(raw: np.ndarray, type_id: int, n_rows: int, n_cols: int) -> np.ndarray:
+    """Return the f32 (n_rows, n_cols) values of the bytes of any GGUF tensor."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(type_id)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.ascontiguousarray(raw).reshape(n_rows, n_cols // block * nbytes)
+    return np.asarray(gguf.quants.dequantize(rows, kind), np.float32).reshape(n_rows, n_cols)
+
+
+def round_activations(x: np.ndarray) -> np.ndarray:
+    """Round rows to what int8 with one scale per 32 columns can say, as integer kernels do."""
+    n_rows, n_cols = x.shape
+    padded = np.zeros((n_rows, -(-n_cols // 32) * 32), np.float64)
+    padded[:, :n_cols] = x
+    blocks = padded.reshape(n_rows, -1, 32)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127.0
+    codes = np.rint(blocks / np.where(scale > 0, scale, 1.0))
+    return (codes * scale).reshape(n_rows, -1)[:, :n_cols].astype(x.dtype)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / rms(x) * weight over the last axis."""
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) normalised over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Logarithm of softmax over the last axis, in float64."""
+    x = x.astype(np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x)."""
+    return x / (1.0 + np.exp(-np.clip(x, -80.0, None)))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU in its tanh form."""
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
 class NaiveModel:
-    """Reads a whole file and evaluates it the long way."""
+    """A `llama` or `gemma3` file, evaluated one operation at a time."""
 
-    def __init__(self, path: Path) -> None:
-        reader = gguf.GGUFReader(path)
-        self.fields = {name: field.contents() for name, field in reader.fields.items()
-                       if not name.startswith("tokenizer.")}  # fmt: skip
-        self.arch = self.fields["general.architecture"]
-        self.w = {
-            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64)
-            for t in reader.tensors
-        }
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        dtype: Any = np.float64,
+        int8_formats: Collection[str] = (),
+        f16_cache: bool = False,
+    ) -> None:
+        """`int8_formats`: weight formats whose inputs are rounded to int8 first."""
+        from edgellama.gguf import open_gguf
 
-    def key(self, name: str, default=None):
-        return self.fields.get(f"{self.arch}.{name}", default)
+        self.file = open_gguf(path)
+        self.dtype = dtype
+        self.int8_formats = frozenset(int8_formats)
+        self.f16_cache = f16_cache
+        self.arch = self.file.metadata["general.architecture"]
+        self.gemma = self.arch == "gemma3"
+        self.n_layers = int(self.key("block_count"))
+        self.width = int(self.key("embedding_length"))
+        self.n_heads = int(self.key("attention.head_count"))
+        self.n_kv_heads = int(self.key("attention.head_count_kv", self.n_heads))
+        self.head_size = int(self.key("attention.key_length", self.width // self.n_heads))
+        self.eps = float(self.key("attention.layer_norm_rms_epsilon"))
+        self.window = int(self.key("attention.sliding_window", 0))
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """(T, V) logits of a text."""
-        gemma = self.arch == "gemma3"
-        w, n = self.w, len(ids)
-        heads, kv_heads = self.key("attention.head_count"), self.key("attention.head_count_kv")
-        size = self.key("attention.key_length")
-        window = self.key("attention.sliding_window", 0)
-        eps = self.key("attention.layer_norm_rms_epsilon")
+    def __enter__(self) -> NaiveModel:
+        return self
 
-        def norm(x, name):
-            return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[name]
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
-        def linear(x, name):
-            return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+    def key(self, name: str, default: Any = None) -> Any:
+        """A value of the architecture's metadata."""
+        value = self.file.metadata.get(f"{self.arch}.{name}", default)
+        if value is None:
+            raise KeyError(f"{self.arch}.{name}")
+        return value
 
-        x = w["token_embd.weight"][ids]
-        if gemma:
-            x = x * np.sqrt(x.shape[1])
-        for layer in range(self.key("block_count")):
-            blk = f"blk.{layer}"
-            local = gemma and (layer + 1) % 6 != 0
-            reach = window if (local or not gemma) else 0
-            base = 10000.0 if local else self.key("rope.freq_base")
-            h = norm(x, f"{blk}.attn_norm.weight")
-            q = linear(h, f"{blk}.attn_q").reshape(n, heads, size)
-            k = linear(h, f"{blk}.attn_k").reshape(n, kv_heads, size)
-            v = linear(h, f"{blk}.attn_v").reshape(n, kv_heads, size)
-            if gemma:
-                q = norm(q, f"{blk}.attn_q_norm.weight")
-                k = norm(k, f"{blk}.attn_k_norm.weight")
-            q, k = self.rope(q, base, gemma), self.rope(k, base, gemma)
-            k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
-            scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(size)
-            position = np.arange(n)
-            hidden = position[None, :] > position[:, None]
-            if reach:
-                hidden |= position[None, :] <= position[:, None] - reach
-            scores = np.where(hidden, -np.inf, scores)
-            p = np.exp(scores - scores.max(-1, keepdims=True))
-            p /= p.sum(-1, keepdims=True)
-            a = np.einsum("hts,shd->thd", p, v).reshape(n, heads * size)
-            a = linear(a, f"{blk}.attn_output")
-            x = x + (norm(a, f"{blk}.post_attention_norm.weight") if gemma else a)
-            h = norm(x, f"{blk}.ffn_norm.weight")
-            gate, up = linear(h, f"{blk}.ffn_gate"), linear(h, f"{blk}.ffn_up")
-            if gemma:
-                inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
-                h = 0.5 * gate * (1 + np.tanh(inner)) * up
-            else:
-                h = gate / (1 + np.exp(-gate)) * up
-            h = linear(h, f"{blk}.ffn_down")
-            x = x + (norm(h, f"{blk}.post_ffw_norm.weight") if gemma else h)
-        x = norm(x, "output_norm.weight")
-        return x @ w.get("output.weight", w["token_embd.weight"]).T
+    def weight(self, name: str) -> np.ndarray:
+        """A tensor as (rows, cols), or (n,) for a vector."""
+        info = self.file.tensors[name]
+        n_rows = info.shape[1] if len(info.shape) > 1 else 1
+        values = dequantize(self.file.data(name), info.type_id, n_rows, info.shape[0])
+        values = values.astype(self.dtype)
+        return values if len(info.shape) > 1 else values[0]
 
-    def rope(self, x: np.ndarray, base: float, neox: bool) -> np.ndarray:
-        n, _, size = x.shape
-        half = size // 2
-        frequencies = base ** (-2.0 * np.arange(half) / size)
-        if "rope_freqs.weight" in self.w:
-            frequencies = frequencies / self.w["rope_freqs.weight"]
-        angle = (np.arange(n)[:, None] * frequencies)[:, None, :]
-        cos, sin = np.cos(angle), np.sin(angle)
-        a, b = (x[..., :half], x[..., half:]) if neox else (x[..., ::2], x[..., 1::2])
-        out = np.empty_like(x)
-        u, v = a * cos - b * sin, a * sin + b * cos
-        if neox:
-            out[..., :half], out[..., half:] = u, v
-        else:
-            out[..., ::2], out[..., 1::2] = u, v
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x @ W^T + bias."""
+        if self.file.tensors[f"{name}.weight"].type_name in self.int8_formats:
+            x = round_activations(x)
+        out = x @ self.weight(f"{name}.weight").T
+        if f"{name}.bias" in self.file.tensors:
+            out = out + self.weight(f"{name}.bias")
         return out
 
+    # --- positions --------------------------------------------------------------------------------
+    def angles(self, n_positions: int, *, local: bool) -> tuple[np.ndarray, float]:
+        """Angle of (position, pair), and the factor that multiplies cosine and sine.
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        Source: llama.cpp's rope_yarn and ggml_rope_yarn_corr_dims.
+        """
+        n_dims = int(self.key("rope.dimension_count", self.head_size))
+        base = float(self.key("rope.freq_base_swa" if local else "rope.freq_base", 10000.0))
+        pair = np.arange(n_dims // 2, dtype=np.float64)
+        theta = np.arange(n_positions)[:, None] * base ** (-2.0 * pair / n_dims)
+        if local:
+            return theta, 1.0
+        if "rope_freqs.weight" in self.file.tensors:
+            theta = theta / self.weight("rope_freqs.weight").astype(np.float64)
+        kind = self.key("rope.scaling.type", "none")
+        factor = float(self.key("rope.scaling.factor", 1.0))
+        if kind == "none":
+            return theta, 1.0
+        if kind == "linear":
+            return theta / factor, 1.0
+        assert kind == "yarn", f"rope scaling {kind} is not known"
+        context = int(self.key("rope.scaling.original_context_length", self.key("context_length")))
+        edges = []
+        for n_rotations in (
+            float(self.key("rope.scaling.yarn_beta_fast", 32.0)),
+            float(self.key("rope.scaling.yarn_beta_slow", 1.0)),
+        ):
+            turns = context / (n_rotations * 2 * math.pi)
+            edges.append(n_dims * math.log(turns) / (2 * math.log(base)))
+        low, high = max(0.0, math.floor(edges[0])), min(n_dims - 1.0, math.ceil(edges[1]))
+        extrapolated = 1.0 - np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
+        extrapolated *= float(self.key("rope.scaling.yarn_ext_factor", 1.0))
+        mixed = theta / factor * (1.0 - extrapolated) + theta * extrapolated
+        magnitude = float(self.key("rope.scaling.attn_factor", 1.0))
+        return mixed, magnitude * (1.0 + 0.1 * math.log(factor))
+
+    def rotate(self, x: np.ndarray, *, local: bool) -> np.ndarray:
+        """Rotate (T, heads, head size): neighbours pair in `llama`, halves in `gemma3`."""
+        theta, magnitude = self.angles(len(x), local=local)
+        half = theta.shape[1]
+        cos = (np.cos(theta) * magnitude)[:, None, :].astype(x.dtype)
+        sin = (np.sin(theta) * magnitude)[:, None, :].astype(x.dtype)
+        first, second = (
+            (slice(0, half), slice(half, 2 * half))
+            if self.gemma
+            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        )
+        out = x.copy()
+        out[..., first] = x[..., first] * cos - x[..., second] * sin
+        out[..., second] = x[..., first] * sin + x[..., second] * cos
+        return out
+
+    # --- the pass ---------------------------------------------------------------------------------
+    def attention(self, h: np.ndarray, layer: int) -> np.ndarray:
+        """Causal grouped-query attention of one layer, before the output projection."""
+        blk, n = f"blk.{layer}", len(h)
+        local = self.gemma and (layer + 1) % 6 != 0  # every sixth layer of Gemma 3 is global
+        q = self.linear(h, f"{blk}.attn_q").reshape(n, self.n_heads, self.head_size)
+        k = self.linear(h, f"{blk}.attn_k").reshape(n, self.n_kv_heads, self.head_size)
+        v = self.linear(h, f"{blk}.attn_v").reshape(n, self.n_kv_heads, self.head_size)
+        if self.gemma:
+            q = rms_norm(q, self.weight(f"{blk}.attn_q_norm.weight"), self.eps)
+            k = rms_norm(k, self.weight(f"{blk}.attn_k_norm.weight"), self.eps)
+        q = self.rotate(q, local=local)
+        k = self.rotate(k, local=local)
+        if self.f16_cache:
+            k = k.astype(np.float16).astype(self.dtype)
+            v = v.astype(np.float16).astype(self.dtype)
+        distance = np.arange(n)[:, None] - np.arange(n)[None, :]
+        hidden = distance < 0
+        if self.window and (local or not self.gemma):
+            hidden |= distance >= self.window
+        cap = float(self.key("attn_logit_softcapping", 0.0)) if self.gemma else 0.0
+        out = np.empty_like(q)
+        for head in range(self.n_heads):
+            kv_head = head // (self.n_heads // self.n_kv_heads)
+            scores = q[:, head] @ k[:, kv_head].T / math.sqrt(self.head_size)
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            out[:, head] = softmax(np.where(hidden, -np.inf, scores)) @ v[:, kv_head]
+        return out.reshape(n, -1)
+
+    def hidden(self, ids: Sequence[int]) -> np.ndarray:
+        """Rows (T, width) after the last norm."""
+        x = self.weight("token_embd.weight")[np.asarray(ids)]
+        if self.gemma:
+            x = x * self.dtype(math.sqrt(self.width))
+        for layer in range(self.n_layers):
+            blk = f"blk.{layer}"
+            h = rms_norm(x, self.weight(f"{blk}.attn_norm.weight"), self.eps)
+            h = self.linear(self.attention(h, layer), f"{blk}.attn_output")
+            if self.gemma:
+                h = rms_norm(h, self.weight(f"{blk}.post_attention_norm.weight"), self.eps)
+            x = x + h
+            h = rms_norm(x, self.weight(f"{blk}.ffn_norm.weight"), self.eps)
+            activation = gelu if self.gemma else silu
+            h = activation(self.linear(h, f"{blk}.ffn_gate")) * self.linear(h, f"{blk}.ffn_up")
+            h = self.linear(h, f"{blk}.ffn_down")
+            if self.gemma:
+                h = rms_norm(h, self.weight(f"{blk}.post_ffw_norm.weight"), self.eps)
+            x = x + h
+        return rms_norm(x, self.weight("output_norm.weight"), self.eps)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits (T, V) after every token."""
+        name = "output" if "output.weight" in self.file.tensors else "token_embd"
+        out = self.linear(self.hidden(ids), name)
+        cap = float(self.key("final_logit_softcapping", 0.0)) if self.gemma else 0.0
+        return cap * np.tanh(out / cap) if cap else out
+
+
+def divergence(logits: np.ndarray, reference: Mapping[str, np.ndarray]) -> np.ndarray:
+    """KL(reference || ours) f64 (T,) per row, over the reference's top 64 and "any other token".
+
+    `reference` holds `top_ids`, `top_logprobs` and `rest_logprob` for at least as many rows.
+    """
+    n = len(logits)
+    ids = np.asarray(reference["top_ids"][:n], np.int64)
+    expected = np.asarray(reference["top_logprobs"][:n], np.float64)
+    rest = np.asarray(reference["rest_logprob"][:n], np.float64)
+    ours = np.take_along_axis(log_softmax(logits), ids, axis=1)
+    ours_rest = np.log(np.maximum(1.0 - np.exp(ours).sum(axis=1), 1e-12))
+    kl = (np.exp(expected) * (expected - ours)).sum(axis=1)
+    return kl + np.exp(rest) * (rest - ours_rest)

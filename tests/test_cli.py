@@ -140,7 +140,66 @@ def test_ctrl_c_in_a_prompt_leaves_the_model_usable(smollm2):
 
 
 def test_exit_without_close(smollm2):
-    code = f"from edgellama import LLM; m = LLM({str(smollm2)!r}); print(m.generate('Hi', max_tokens=2).text)"
+    code = (
+        f"from edgellama import LLM; m = LLM({str(smollm2)!r}); "
+        "print(m.generate('Hi', max_tokens=2).text)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+# --- the frame ------------------------------------------------------------------------------------
+def test_help_lists_every_command_and_its_own_help_agrees():
+    top = run("--help").stdout
+    for name in ("run", "pull", "list", "rm", "info", "verify", "doctor", "warmup"):
+        assert f"  {name} " in top
+        done = run(name, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"Usage: edgellama {name} ")
+
+
+def test_an_unknown_command_lists_the_known():
+    done = run("dance")
+    assert "run, pull, list, rm" in done.stderr
+
+
+def test_list_and_rm(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    make_model(tmp_path / "models" / "mine.gguf")
+    done = run("list")
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert str(tmp_path) in rows["mine.gguf"]
+    assert "not fetched" in rows["smollm2-135m"]
+    assert "98.4 MB" in rows["smollm2-135m"]
+    assert run("rm", "mine.gguf").returncode == 0
+    assert "mine.gguf" not in run("list").stdout
+    assert run("rm", "mine.gguf").returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_under_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgellama", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("edgellama: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgellama", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait(timeout=30)
+    process.stderr.close()

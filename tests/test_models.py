@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgellama.kernels.blocks import FORMATS
 from make_gguf import make_model, random_blocks
 from naive import NaiveModel
 
 from edgellama.gguf import open_gguf
+from edgellama.kernels.blocks import FORMATS
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
 
@@ -57,9 +57,9 @@ def test_format_matches_oracle_and_is_bit_identical(tmp_path, format_name):
 def test_rows_dequantize_to_the_bit(tmp_path, format_name):
     """What the kernels read as a weight is what the gguf package reads."""
     import gguf as reference
+
     from edgellama.kernels import layout, targets, team
     from edgellama.kernels.repack import packed_nbytes, repack
-
     from edgellama.runtime.engine import load_pack
 
     if targets.detect().lowering.startswith("generic"):

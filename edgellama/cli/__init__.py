@@ -1,6 +1,7 @@
 """The command line: one file per subcommand, imported when it is chosen.
 
-The answer goes to stdout, everything else to stderr.  A known error is one line and exit status 2.
+The answer goes to stdout, everything else to stderr.  A known error is one line and exit status 2;
+Ctrl-C is 130; a reader that goes away is no error.
 """
 
 from __future__ import annotations
@@ -8,34 +9,38 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import click
 
 from edgellama import __version__
 from edgellama.errors import EdgeLlamaError
 
-# Short help lives here, so that --help imports no subcommand.
+# Where each command lies (module.name) and its short help, so that --help imports none of them.
 _COMMANDS = {
-    "run": ("run", "Answer a prompt, or continue a text."),
-    "pull": ("models", "Fetch a model into the cache."),
-    "list": ("models", "Show the models in the cache and in the catalogue."),
-    "rm": ("models", "Delete a model from the cache."),
-    "info": ("inspect", "Show what is in a model file."),
-    "verify": ("inspect", "Check a model file: structure, shapes, numbers."),
-    "doctor": ("doctor", "Show what edgellama sees of this machine."),
-    "warmup": ("doctor", "Build the kernels that a model needs."),
+    "run": ("run.command", "Answer a prompt, or continue a text."),
+    "pull": ("pull.command", "Fetch a model into the cache."),
+    "list": ("list_.command", "Show the models in the cache and in the catalogue."),
+    "rm": ("rm.command", "Delete a model from the cache."),
+    "info": ("inspect.info", "Show what is in a model file."),
+    "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
+    "doctor": ("doctor.doctor", "Show what edgellama sees of this machine."),
+    "warmup": ("doctor.warmup", "Build the kernels that a model needs."),
 }
 
 
 class _Commands(click.Group):
+    """A group that knows its subcommands by name only."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
-            return None
-        module = importlib.import_module(f"{__name__}.{_COMMANDS[name][0]}")
-        return module.COMMANDS[name]
+            ctx.fail(f"no command is called {name!r}; commands: {', '.join(_COMMANDS)}")
+        module, _, attribute = _COMMANDS[name][0].partition(".")
+        command: click.Command = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -48,16 +53,15 @@ def cli() -> None:
     """Run Llama-family language models fast on a commodity CPU."""
 
 
-def main() -> None:
-    """Entry point of the `edgellama` command."""
+def main() -> NoReturn:
+    """Run the `edgellama` command and exit with its status."""
     try:
-        cli.main(standalone_mode=False)
+        status = cli.main(prog_name="edgellama", standalone_mode=False)
         sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
     except EdgeLlamaError as error:
-        click.echo(f"edgellama: {error}", err=True)
+        click.echo(f"edgellama: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("", err=True)
         sys.exit(130)
@@ -65,6 +69,14 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except BrokenPipeError:
-        # The reader has gone; keep Python from complaining when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         sys.exit(0)
+    except OSError as error:  # a full disk, a file that may not be read
+        _silence_stdout()
+        click.echo(f"edgellama: {error}", err=True)
+        sys.exit(2)
+
+
+def _silence_stdout() -> None:
+    """Keep Python from complaining again when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

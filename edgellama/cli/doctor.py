@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from edgellama import __version__, catalog
-from edgellama.cpu import cgroup_quota, n_usable_cores
+from edgellama import __version__, catalog, cpu
 from edgellama.errors import UsageError
 
 
@@ -18,41 +17,52 @@ def doctor() -> None:
     """Show what edgellama sees of this machine."""
     from edgellama.kernels import targets
 
-    target = targets.detect()
-    quota = cgroup_quota()
+    try:
+        target = targets.detect()
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
+    total, available = cpu.memory_nbytes()
+    limit, quota = cpu.cgroup_memory_nbytes(), cpu.cgroup_quota()
+    packs = catalog.home() / "packs" / target.name
     rows = {
         "edgellama": f"{__version__}, Python {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "libraries": ", ".join(f"{p} {version(p)}" for p in ("numba", "llvmlite", "numpy")),
+        "libraries": ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES),
+        "CPU": cpu.cpu_name(),
         "tier": f"{target.name} (known: {', '.join(targets.TARGETS)})",
         "CPU flags": " ".join(sorted(targets.host_features() & _INTERESTING)) or "none of note",
-        "processors": f"{os.cpu_count()}, {n_usable_cores()} threads by default"
-        + (f", control group grants {quota:g}" if quota else ""),
+        "processors": f"{os.cpu_count()}, of which {len(cpu.allowed_cpus())} allowed on "
+        f"{cpu.n_allowed_cores()} cores"
+        + (f"; the control group grants {quota:g}" if quota else ""),
+        "threads": f"{cpu.n_usable_cores()} by default",
+        "memory": f"{_gigabytes(total)}, {_gigabytes(available)} available"
+        + (f"; the control group grants {_gigabytes(limit)}" if limit else ""),
         "home": str(catalog.home()),
-        "kernel packs": f"{len(list((catalog.home() / 'packs' / target.name).glob('*.o')))} objects",
+        "kernel packs": f"{len(list(packs.glob('*.o')))} objects",
         "models": ", ".join(name for name, _, _ in catalog.installed()) or "none fetched",
     }
     for name, text in rows.items():
         click.echo(f"{name:14}{text}")
 
 
-_INTERESTING = frozenset(
-    [
-        "avx",
-        "avx2",
-        "fma",
-        "f16c",
-        "avxvnni",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512vnni",
-        "neon",
-        "dotprod",
-        "i8mm",
-        "sve",
-    ]
-)
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _gigabytes(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else f"{nbytes / 1e9:.1f} GB"
+
+
+_LIBRARIES = (
+    "click", "jinja2", "llvmlite", "numba", "numpy", "rich", "sentencepiece", "tokenizers",
+)  # fmt: skip
+_INTERESTING = frozenset({
+    "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vl", "avx512vnni",
+    "neon", "dotprod", "i8mm", "sve",
+})  # fmt: skip
 
 
 @click.command("warmup")

@@ -47,6 +47,7 @@ def command(
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("there is no prompt; give one with -p or on stdin")
         prompt = sys.stdin.buffer.read().decode(errors="replace")
+        prompt = prompt.removesuffix("\n").removesuffix("\r")  # echo's, not the author's
     from edgellama.llm import LLM
 
     out = sys.stdout.buffer

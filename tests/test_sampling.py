@@ -1,0 +1,156 @@
+"""Sampling and stop strings: the definition, ties and edges; third-party values where present."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellama.errors import EdgeLlamaError, UsageError
+from edgellama.sampling import Sampler
+from edgellama.stopping import StopStrings
+
+CASES = Path(__file__).parents[2] / "shared" / "data" / "cases" / "sampling.json"
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def naive(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> dict:
+    """The definition, step by step: {id: probability}."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if top_k:
+        order = order[:top_k]
+    p = np.exp(np.array([logits[i] for i in order], np.float64) - logits[order[0]])
+    p /= p.sum()
+    n = next((i + 1 for i, c in enumerate(np.cumsum(p)) if c >= top_p), len(p))
+    order, p = order[:n], p[:n]
+    order = [i for i, each in zip(order, p, strict=True) if each >= min_p * p[0]]
+    p = np.exp((np.array([logits[i] for i in order], np.float64) - logits[order[0]]) / temperature)
+    return dict(zip(order, p / p.sum(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_against_the_definition(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=int(random.integers(1, 300))).astype(np.float32) * 3
+    options = {
+        "temperature": float(random.uniform(0.1, 3)),
+        "top_k": int(random.integers(0, 60)),
+        "top_p": float(random.uniform(0.05, 1)),
+        "min_p": float(random.choice([0.0, 0.02, 0.3])),
+    }
+    ids, p = Sampler(**options).candidates(logits)
+    expected = naive(logits, **options)
+    assert ids.tolist() == list(expected)
+    np.testing.assert_allclose(p, list(expected.values()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["temp", "top_k", "top_p", "min_p"])
+def test_third_party_values(name: str) -> None:
+    if not CASES.exists():
+        pytest.skip("third-party sampling values are not part of this repository")
+    options = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    given = {"temp": "temp", "top_k": "k", "top_p": "p", "min_p": "p"}
+    for case in json.loads(CASES.read_text()):
+        if case["sampler"] != name:
+            continue
+        value = case[given[name]]
+        if name == "temp" and value == 0.0:
+            logits = np.log(np.array(case["probs"], np.float32))
+            assert Sampler(temperature=0).sample(logits) == int(np.argmax(case["expected"]))
+            continue
+        if name != "top_k" and value > 1:  # out of range here: an error rather than a clamp
+            continue
+        sampler = Sampler(**{**OFF, options[name]: int(value) if name == "top_k" else value})
+        _, p = sampler.candidates(np.log(np.array(case["probs"], np.float32)))
+        np.testing.assert_allclose(p, sorted(case["expected"], reverse=True), atol=1e-5)
+
+
+def test_equal_logits_stand_in_the_order_of_their_ids() -> None:
+    logits = np.array([1, 2, 2, 0, 2, 2], np.float32)
+    ids, p = Sampler(**{**OFF, "top_k": 3}).candidates(logits)
+    assert ids.tolist() == [1, 2, 4]
+    np.testing.assert_allclose(p, 1 / 3)
+    assert Sampler(temperature=0).sample(logits) == 1
+
+
+def test_masked_tokens_are_never_drawn() -> None:
+    logits = np.full(50, -np.inf, np.float32)
+    logits[[7, 9]] = 1.0
+    sampler = Sampler(**OFF, seed=1)
+    assert {sampler.sample(logits) for _ in range(100)} == {7, 9}
+
+
+@pytest.mark.parametrize(
+    "logits", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf], [np.nan, np.nan]]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(logits: list[float], temperature: float) -> None:
+    with pytest.raises(EdgeLlamaError, match="no finite logits"):
+        Sampler(temperature=temperature).sample(np.array(logits, np.float32))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-5])
+def test_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = np.array([0.0, 3.0, 2.9], np.float32)
+    sampler = Sampler(**{**OFF, "temperature": temperature})
+    assert [sampler.sample(logits) for _ in range(5)] == [1] * 5
+
+
+def test_shares_of_draws() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    sampler = Sampler(**OFF, seed=3)
+    counts = np.bincount([sampler.sample(logits) for _ in range(4000)], minlength=3) / 4000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard deviations
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    Sampler(np.float32(0.5), np.int64(4), np.float64(0.9), np.float32(0.0), np.int64(3))
+
+
+@pytest.mark.parametrize("options", [{"top_k": True}, {"top_k": 1.5}, {"seed": "1"}])
+def test_refused(options: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        Sampler(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"temperature": 0.0}])
+def test_large_vocabularies_are_fast(options: dict) -> None:
+    logits = np.random.default_rng(0).normal(size=262144).astype(np.float32) * 4
+    sampler = Sampler(**options, seed=0)
+    best = min(_seconds(sampler, logits) for _ in range(5))
+    assert best < 0.03
+
+
+def _seconds(sampler: Sampler, logits: np.ndarray) -> float:
+    start = time.perf_counter()
+    sampler.sample(logits)
+    return time.perf_counter() - start
+
+
+# --- stop strings ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("stops", "text", "shown"),
+    [
+        ([], "all of it", "all of it"),
+        (["ab", "xaby"], "1xaby", "1x"),
+        (["aab"], "aaaab", "aa"),
+        (["\n\n", "\nUser:"], "a\nb\nUser: c", "a\nb"),
+        (["世界"], "世x世界", "世x"),
+        (["never"], "nev neve", "nev neve"),
+    ],
+)
+def test_pieces_do_not_matter(stops: list[str], text: str, shown: str) -> None:
+    for size in range(1, len(text) + 1):
+        rule = StopStrings(stops)
+        out = "".join(rule.feed(text[i : i + size]) for i in range(0, len(text), size))
+        assert shown.startswith(out)
+        assert out + rule.flush() == shown
+        assert rule.stopped == (shown != text)
+        assert not rule.stopped or rule.feed("more") == ""
+
+
+def test_one_string_is_one_stop() -> None:
+    assert StopStrings("ab").feed("xaby") == "x"
