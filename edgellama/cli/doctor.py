@@ -82,6 +82,3 @@ def warmup(model: str | None, tier: str | None, offline: bool) -> None:
     with open_gguf(catalog.resolve(model, offline=offline)) as gguf:
         n_built = prepare_pack(gguf, read_config(gguf), target)
     click.echo(f"{n_built} kernels built for {target.name}")
-
-
-COMMANDS = {"doctor": doctor, "warmup": warmup}

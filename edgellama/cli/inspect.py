@@ -105,6 +105,3 @@ def _block(tensor: TensorInfo) -> int:
     from edgellama.kernels.blocks import FORMAT_BY_ID, OTHER_TYPES
 
     return (FORMAT_BY_ID.get(tensor.type_id) or OTHER_TYPES[tensor.type_id]).n_weights
-
-
-COMMANDS = {"info": info, "verify": verify}

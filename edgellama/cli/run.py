@@ -81,6 +81,3 @@ def command(
                 f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)",
                 err=True,
             )
-
-
-COMMANDS = {"run": command}
