@@ -68,5 +68,5 @@ def test_stories_model_tells_its_upstream_story():
         text = ""
         for delta in llm.stream([llm.tokenizer.bos_id], max_tokens=199, temperature=0):
             text += delta.text
-    assert expected["text"].strip().startswith(text.strip()[:600])
-    assert len(text) > 600
+    assert expected["text"].strip().startswith(text.strip())
+    assert len(text) > 450
