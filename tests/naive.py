@@ -28,11 +28,11 @@ def dequantize(raw: np.ndarray, type_id: int, n_rows: int, n_cols: int) -> np.nd
 
 
 def round_activations(x: np.ndarray) -> np.ndarray:
-    """Round rows to what int8 with one scale per 32 columns can say, as integer kernels do."""
+    """Round rows to what int8 with one scale per 16 columns can say, as integer kernels do."""
     n_rows, n_cols = x.shape
-    padded = np.zeros((n_rows, -(-n_cols // 32) * 32), np.float64)
+    padded = np.zeros((n_rows, -(-n_cols // 16) * 16), np.float64)
     padded[:, :n_cols] = x
-    blocks = padded.reshape(n_rows, -1, 32)
+    blocks = padded.reshape(n_rows, -1, 16)
     scale = np.abs(blocks).max(axis=2, keepdims=True) / 127.0
     codes = np.rint(blocks / np.where(scale > 0, scale, 1.0))
     return (codes * scale).reshape(n_rows, -1)[:, :n_cols].astype(x.dtype)

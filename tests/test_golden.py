@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DATA
 
 from edgellama import LLM
+from edgellama.gguf import open_gguf
+from edgellama.tokenizer import load_tokenizer
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="ascii"))
+GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="ascii"))
+TOKEN_IDS = json.loads((DATA / "token_ids.json").read_text(encoding="utf-8"))
 LEAD = 0.3  # nats
 
 TINY = Path(__file__).parents[2] / "shared" / "data" / "tiny_models" / "stories260K"
@@ -50,6 +54,19 @@ def test_greedy_text(fixture: str, name: str, request: pytest.FixtureRequest) ->
             for step, (row, token) in enumerate(zip(rows, ids, strict=True)):
                 if clear[step]:
                     assert int(row.argmax()) == token, f"step {step} of {answer['prompt']!r}"
+
+
+@pytest.mark.parametrize(("fixture", "name"), MODELS)
+def test_token_ids(fixture: str, name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(fixture)
+    with open_gguf(path) as gguf:
+        tokenizer = load_tokenizer(gguf.metadata)
+    ids = TOKEN_IDS["models"][path.name]
+    for text, plain, special in zip(
+        TOKEN_IDS["strings"], ids["plain"], ids["special"], strict=True
+    ):
+        assert tokenizer.encode(text, add_special=False) == plain, ascii(text)
+        assert tokenizer.encode(text, parse_special=True) == special, ascii(text)
 
 
 def test_golden_is_worth_it() -> None:

@@ -1,4 +1,4 @@
-"""Every format and family against the oracle, and the promise that results do not depend on the cut."""
+"""Every format and family against the oracle; results do not depend on how the work was cut."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from edgellama.gguf import open_gguf
 from edgellama.kernels.blocks import FORMATS
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
+from edgellama.runtime.program import INTEGER_FORMATS
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 256, 45)]
 
@@ -27,30 +28,66 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean()))
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-def test_format_matches_oracle_and_is_bit_identical(tmp_path, format_name):
-    path = make_model(tmp_path / "m.gguf", format_name=format_name)
-    engine = open_engine(path)
-    logits = engine.logits(IDS)
-    # Float formats differ by f32 sums and the f16 cache; byte activations by their rounding.
-    is_float = format_name in ("f32", "f16", "bf16", "q8_0", "iq4_nl", "iq4_xs")
-    assert relative_error(logits, NaiveModel(path).logits(IDS)) < (2e-3 if is_float else 6e-2)
+def tolerance(format_name: str) -> float:
+    """Float formats differ by f32 sums and the f16 cache; byte activations by their rounding."""
+    return 4e-2 if format_name in INTEGER_FORMATS else 2e-3
 
-    alone = engine.new_sequence()
-    one_by_one = np.array([engine.evaluate(alone, [i]) for i in IDS])
-    assert np.array_equal(one_by_one, logits)
-    engine.free(alone)
-    again = engine.new_sequence()
-    assert np.array_equal(engine.evaluate(again, IDS), logits[-1])
-    assert again.n_reused == 32
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_format_matches_oracle(tmp_path, arch, format_name):
+    more = {"n_layers": 6, "window": 40} if arch == "gemma3" else {}
+    path = make_model(tmp_path / "m.gguf", arch, format_name=format_name, **more)
+    ids = (IDS * 2)[:80]
+    engine = open_engine(path, kv_type="f32")
+    with NaiveModel(path) as model:
+        assert relative_error(engine.logits(ids), model.logits(ids)) < tolerance(format_name)
+    # Given the same rounding of activations, a row is equal but for f32 sums, unless a value of it
+    # lies so near the middle of two bytes that it goes the other way (an error of about 5e-3).
+    with NaiveModel(path, int8_formats=INTEGER_FORMATS) as model:
+        errors = [relative_error(engine.logits([i]), model.logits([i])) for i in IDS[:5]]
+    assert np.median(errors) < 2e-6
     engine.close()
 
-    with_one_thread = open_engine(path, n_threads=1, n_batch=7)
-    assert np.array_equal(with_one_thread.logits(IDS), logits)
-    first, second = with_one_thread.new_sequence(), with_one_thread.new_sequence()
-    pair = with_one_thread.step([(first, IDS[:20]), (second, IDS)])
-    assert np.array_equal(pair, logits[[19, -1]])
-    with_one_thread.close()
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_results_do_not_depend_on_the_cut(tmp_path, arch, format_name):
+    """Bit-identical: threads, chunks, batch, cached prefix, company in the step."""
+    path = make_model(tmp_path / "m.gguf", arch, format_name=format_name, window=40)
+    two_threads = open_engine(path)
+    logits = two_threads.logits(IDS)
+    assert np.isfinite(logits).all()
+
+    one_by_one = two_threads.new_sequence()
+    rows = np.array([two_threads.evaluate(one_by_one, [i]) for i in IDS])
+    assert one_by_one.n_reused == 0
+    assert np.array_equal(rows, logits)
+    two_threads.free(one_by_one)
+    cached = two_threads.new_sequence()
+    assert np.array_equal(two_threads.evaluate(cached, IDS), logits[-1])
+    assert cached.n_reused == 32
+    two_threads.close()
+
+    one_thread = open_engine(path, n_threads=1, n_batch=7)
+    assert np.array_equal(one_thread.logits(IDS), logits)
+    one_thread.close()
+
+    engine = open_engine(path)
+    sevens = engine.new_sequence()
+    ends = [engine.evaluate(sevens, IDS[at : at + 7]) for at in range(0, len(IDS), 7)]
+    assert np.array_equal(np.array(ends), logits[[6, 13, 20, 27, 34, 41, 44]])
+    engine.close()
+
+    engine = open_engine(path)
+    first, second, third = (engine.new_sequence() for _ in range(3))
+    others = [i ^ 1 for i in IDS]
+    engine.evaluate(first, others[:3])
+    both = engine.step([(first, others[3:40]), (second, IDS[:20]), (third, others[:1])])
+    assert np.array_equal(both[1], logits[19])
+    both = engine.step([(third, others[1:2]), (first, others[40:]), (second, IDS[20:])])
+    assert np.array_equal(both[2], logits[-1])
+    engine.close()
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -95,30 +132,47 @@ def test_rows_dequantize_to_the_bit(tmp_path, format_name):
     "options",
     [
         {"tied": False, "biases": True},
+        {"tied": False, "format_name": "q4_0", "embedding": "q8_0", "output": "q6_k"},
         {"n_heads": 8, "n_kv_heads": 1, "head_size": 32},
         {"window": 40},
         {"format_name": "f32", "width": 72, "ffn": 172, "head_size": 8, "n_heads": 9,
          "n_kv_heads": 3, "n_vocab": 300},
         {"format_name": "f16", "head_size": 80},
+        {"format_name": "f16", "head_size": 48, "n_dims": 16},
+        {"format_name": "f32", "rope_freqs": True, "vocabulary": "spm"},
+        {"format_name": "f32", "keys": {"rope.scaling.type": "linear",
+                                        "rope.scaling.factor": 4.0}},
+        {"format_name": "f32", "keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                                        "rope.scaling.original_context_length": 64}},
     ],
 )  # fmt: skip
 def test_llama_shapes_match_oracle(tmp_path, options):
     path = make_model(tmp_path / "m.gguf", **options)
     engine = open_engine(path)
     ids = (IDS * 3)[:100]
-    assert relative_error(engine.logits(ids), NaiveModel(path).logits(ids)) < 4e-2
+    with NaiveModel(path) as model:
+        error = relative_error(engine.logits(ids), model.logits(ids))
+    assert error < tolerance(options.get("format_name", "q4_1"))
     engine.close()
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
-def test_gemma_matches_oracle(tmp_path, kv_type):
-    path = make_model(
-        tmp_path / "m.gguf", "gemma3", format_name="f16", n_layers=7, window=40,
-        keys={"rope.freq_base": 1000000.0},
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_layers": 7, "window": 40},
+        {"n_layers": 6, "window": 512},
+        {"keys": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}},
+        {"n_layers": 6, "keys": {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}},
+    ],
+)
+def test_gemma_matches_oracle(tmp_path, kv_type, options):
+    """The text is longer than the usual window of 512."""
+    path = make_model(tmp_path / "m.gguf", "gemma3", format_name="f16", **options)
     engine = open_engine(path, kv_type=kv_type)
-    ids = (IDS * 3)[:100]
-    assert relative_error(engine.logits(ids), NaiveModel(path).logits(ids)) < 5e-3
+    ids = (IDS * 14)[:600]
+    with NaiveModel(path) as model:
+        assert relative_error(engine.logits(ids), model.logits(ids)) < 2e-3
     engine.close()
 
 
