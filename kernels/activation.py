@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .layout import STEP_OUT_ROWS
-from .quantize import quantize_row
+from .quantize import write_forms
 from .simd import *
 
 
@@ -18,7 +18,7 @@ def gated(name):
 
     def operation(
         step, part, first, count, scratch,
-        out, out_stride, q8, q8_stride, gate, up, stride,
+        out, out_stride, i8, i8_stride, i16, i16_stride, gate, up, stride,
     ):  # fmt: skip
         one = splat_f32(np.float32(1.0))
         for t in range(first, first + count):
@@ -31,8 +31,8 @@ def gated(name):
                     z = cubic * splat_f32(np.float32(1.5957691216057308))
                 z = divide(g, one + exp(zero_f32x8() - z)) * u
                 store_f32x8(out + t * out_stride + i, z)
-            if q8 != 0:
-                quantize_row(q8 + t * q8_stride, out + t * out_stride, out_stride // 128)
+            to = out + t * out_stride
+            write_forms(t, to, out_stride // 128, i8, i8_stride, i16, i16_stride)
 
     return operation
 

@@ -1,12 +1,15 @@
-"""Block formats: how many weights a block holds and how many bytes it takes in a file.
+"""Block formats: how many weights a block holds, and how many bytes it takes in a file and packed.
 
-Byte maps are in the module that unpacks each format (`formats.py`).  Numbers are GGUF's type ids.
-Source: the GGUF specification and ggml-common.h.
+Byte maps of the packed form (8 rows side by side) are in `formats.py`, those of the file's in
+`repack.py`.  Numbers are GGUF's type ids.  Source: the GGUF specification and ggml-common.h.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+STRIP = 32
+"""Rows of weights that a matrix kernel takes at once: four groups of 8 rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,31 +20,46 @@ class BlockFormat:
     type_id: int
     n_weights: int
     nbytes: int
+    packed: int = 0  # bytes of 8 rows x a block (x 32 columns for floats)
+    activation: str = ""  # the form of activations it is multiplied with: i8, i16 or f32
 
     def row_nbytes(self, n_cols: int) -> int:
         """Bytes of a row of `n_cols` weights; `n_cols` must be a multiple of `n_weights`."""
         return n_cols // self.n_weights * self.nbytes
 
+    def group_nbytes(self, n_cols: int) -> int:
+        """Bytes of 8 packed rows; columns of float formats are padded to 32."""
+        return -(-n_cols // max(self.n_weights, 32)) * self.packed
+
+    def packed_nbytes(self, n_rows: int, n_cols: int) -> int:
+        """Bytes of a packed tensor; rows are padded to a strip."""
+        return padded(n_rows) // 8 * self.group_nbytes(n_cols)
+
+
+def padded(n: int, multiple: int = STRIP) -> int:
+    """Round up to a multiple."""
+    return -(-n // multiple) * multiple
+
 
 FORMATS: dict[str, BlockFormat] = {
-    name: BlockFormat(name, type_id, n_weights, nbytes)
-    for name, type_id, n_weights, nbytes in (
-        ("f32", 0, 1, 4),
-        ("f16", 1, 1, 2),
-        ("q4_0", 2, 32, 18),
-        ("q4_1", 3, 32, 20),
-        ("q5_0", 6, 32, 22),
-        ("q5_1", 7, 32, 24),
-        ("q8_0", 8, 32, 34),
-        ("q2_k", 10, 256, 84),
-        ("q3_k", 11, 256, 110),
-        ("q4_k", 12, 256, 144),
-        ("q5_k", 13, 256, 176),
-        ("q6_k", 14, 256, 210),
-        ("iq4_nl", 20, 32, 18),
-        ("iq4_xs", 23, 256, 136),
-        ("bf16", 30, 1, 2),
-        ("mxfp4", 39, 32, 17),
+    row[0]: BlockFormat(*row)
+    for row in (
+        ("f32", 0, 1, 4, 1024, "f32"),
+        ("f16", 1, 1, 2, 512, "f32"),
+        ("q4_0", 2, 32, 18, 144, "i8"),
+        ("q4_1", 3, 32, 20, 160, "i8"),
+        ("q5_0", 6, 32, 22, 176, "i8"),
+        ("q5_1", 7, 32, 24, 192, "i8"),
+        ("q8_0", 8, 32, 34, 272, "i16"),
+        ("q2_k", 10, 256, 84, 672, "i8"),
+        ("q3_k", 11, 256, 110, 912, "i8"),
+        ("q4_k", 12, 256, 144, 1184, "i8"),
+        ("q5_k", 13, 256, 176, 1440, "i8"),
+        ("q6_k", 14, 256, 210, 1680, "i8"),
+        ("iq4_nl", 20, 32, 18, 144, "i16"),
+        ("iq4_xs", 23, 256, 136, 1104, "i16"),
+        ("bf16", 30, 1, 2, 512, "f32"),
+        ("mxfp4", 39, 32, 17, 136, "i8"),
     )
 }
 """Formats that the kernels can read, by GGUF name in lower case."""

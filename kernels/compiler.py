@@ -19,17 +19,17 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .image import ExecutableMemory, ImageError, flatten
 from .targets import TARGETS, Target
 
 _SOURCES = Path(__file__).parent
@@ -81,13 +81,15 @@ def _source_hash(module: str) -> bytes:
 
 @cache
 def _tool_versions() -> str:
-    versions = []
+    """Numba's and llvmlite's versions, from the names of their metadata folders: importing either,
+    or importlib.metadata, would take longer than loading a whole pack."""
+    found = []
     for package in ("numba", "llvmlite"):
-        try:
-            versions.append(version(package))
-        except PackageNotFoundError:
-            versions.append("absent")
-    return " ".join(versions)
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:
+            site = Path(spec.origin).parents[1]
+            found += sorted(path.name for path in site.glob(f"{package}-*.dist-info"))
+    return " ".join(found)
 
 
 def object_path(name: str, target: Target, directory: Path) -> Path:
@@ -97,14 +99,19 @@ def object_path(name: str, target: Target, directory: Path) -> Path:
     for module_ in (module, "compiler", target.lowering.partition(".")[0]):
         digest.update(_source_hash(module_))
     made_for = (target.triple, target.cpu, target.features, target.lowering)
-    digest.update(repr((name, made_for, _tool_versions())).encode())
+    digest.update(repr((name, made_for, _convention(target), _tool_versions())).encode())
     stem = function if variant is None else f"{function}_{variant}"
-    return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.o"
+    return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.bin"
 
 
-# --- the file form: a line of JSON, then the object --------------------------------------------
+def _convention(target: Target) -> str:
+    """How Python calls into a pack: on Windows not as the kernels call one another."""
+    return "win64cc" if sys.platform == "win32" and target.machine == "x86_64" else "ccc"
+
+
+# --- the file form: the SHA-256 of the rest, a line of JSON, the image -------------------------
 def _read_object(path: Path) -> tuple[dict[str, Any], bytes] | None:
-    """Return header and object, or None where there is none that can be trusted."""
+    """Return header and image, or None where there is none that can be trusted."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -113,22 +120,22 @@ def _read_object(path: Path) -> tuple[dict[str, Any], bytes] | None:
                 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
             ):
                 return None
-            header = json.loads(file.readline(1 << 16))
-            code = file.read()
-    except (OSError, ValueError):
+            digest, content = file.readline(100), file.read()
+    except OSError:
         return None
-    if not isinstance(header, dict) or header.get("sha256") != hashlib.sha256(code).hexdigest():
+    if digest.decode(errors="replace").strip() != hashlib.sha256(content).hexdigest():
         return None
-    return header, code
+    header, _, image = content.partition(b"\n")
+    return json.loads(header), image
 
 
-def _write_object(path: Path, header: dict[str, Any], code: bytes) -> None:
+def _write_object(path: Path, header: dict[str, Any], image: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    header = header | {"sha256": hashlib.sha256(code).hexdigest()}
+    content = json.dumps(header).encode() + b"\n" + image
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)  # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps(header).encode() + b"\n" + code)
+            file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -173,7 +180,7 @@ def _entry(name: str) -> tuple[Any, list[str], list[str]]:
 def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     """Compile one operation for one tier.
 
-    Raises: BuildError when the object would need a symbol from outside.
+    Raises: BuildError when it would need a symbol from outside.
     """
     import importlib
 
@@ -185,6 +192,7 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     module_name, _, class_name = target.lowering.partition(".")
     lowering = importlib.import_module(f"{__package__}.{module_name}")
     simd.lowering = getattr(lowering, class_name)
+    simd.system_convention = _convention(target)
 
     function, arguments, floats = _entry(name)
     is_operation = function.__name__ == "entry"
@@ -197,10 +205,11 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     inner = compiled.fndesc.llvm_func_name
     text = compiled.library.get_llvm_str()
 
+    convention = _convention(target)
     symbol = re.sub(r"\W+", "_", name).strip("_")
     taken = ", ".join(f"i64 %a{i}" for i in range(n))
     text += (
-        f"\ndefine {'void' if is_operation else 'i64'} @{symbol}({taken}) {{\n"
+        f"\ndefine {convention} {'void' if is_operation else 'i64'} @{symbol}({taken}) {{\n"
         "  %result = alloca i64\n  %error = alloca ptr\n"
         f'  %status = call i32 @"{inner}"(ptr %result, ptr %error, {taken})\n'
         + ("  ret void\n" if is_operation else "  %r = load i64, ptr %result\n  ret i64 %r\n")
@@ -222,33 +231,11 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
             global_.linkage = "internal"
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
-    code = machine.emit_object(module)
-    missing = undefined_symbols(code)
-    if missing:
-        raise BuildError(f"{name} for {target.name} needs {', '.join(missing)} from outside")
-    return {"name": name, "symbol": symbol, "arguments": arguments, "floats": floats}, code
-
-
-def undefined_symbols(elf: bytes) -> list[str]:
-    """Names that a 64-bit little-endian ELF object expects others to define."""
-    from struct import iter_unpack, unpack_from
-
-    (table_offset,) = unpack_from("<Q", elf, 40)
-    entry_nbytes, n_sections = unpack_from("<HH", elf, 58)
-    sections = [
-        unpack_from("<IIQQQQIIQQ", elf, table_offset + i * entry_nbytes) for i in range(n_sections)
-    ]
-    names = []
-    for section in sections:
-        if section[1] != 2:  # SHT_SYMTAB
-            continue
-        strings = sections[section[6]][4]
-        table = elf[section[4] : section[4] + section[5]]
-        for name, _, _, index, _, _ in iter_unpack("<IBBHQQ", table):
-            if index == 0 and name:
-                start = strings + name
-                names.append(elf[start : elf.index(b"\0", start)].decode())
-    return names
+    try:
+        image, entry = flatten(machine.emit_object(module), symbol)
+    except ImageError as error:
+        raise BuildError(f"{name} for {target.name}: {error}") from error
+    return {"name": name, "entry": entry, "arguments": arguments, "floats": floats}, image
 
 
 def serve_builds() -> None:
@@ -274,6 +261,8 @@ def build(
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Build the objects of `names` in parallel processes; `advance(1)` is called after each."""
+    import subprocess  # 10 ms that most starts do not need
+
     # The costly ones first, so that no process is left with one at the end.
     queue = sorted(names, key=lambda name: not name.startswith(("matmul", "attention")))
     lock = threading.Lock()
@@ -347,18 +336,10 @@ class Pack:
     """The loaded operations of one tier. Keep it alive as long as anything may call into it."""
 
     def __init__(self, target: Target, directory: Path) -> None:
-        import llvmlite.binding as llvm
-
         self.target = target
         self.directory = directory
         self._operations: dict[str, Operation] = {}
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_triple(target.triple).create_target_machine(
-            cpu=target.cpu, features=target.features, reloc="pic", codemodel="small", jit=True
-        )
-        empty = llvm.parse_assembly(f'target triple = "{target.triple}"')
-        self._engine = llvm.create_mcjit_compiler(empty, machine)
+        self._memory: list[ExecutableMemory] = []
 
     def __getitem__(self, name: str) -> Operation:
         return self._operations[name]
@@ -373,24 +354,20 @@ class Pack:
 
         Raises: BuildError when one is not there or damaged after all.
         """
-        import llvmlite.binding as llvm
-
-        fresh = []
+        headers, images = [], []
         for name in dict.fromkeys(names):
             if name in self._operations:
                 continue
             found = _read_object(object_path(name, self.target, self.directory))
             if found is None:
                 raise BuildError(f"the object of {name} is missing or damaged")
-            header, code = found
-            self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-            fresh.append((name, header))
-        self._engine.finalize_object()
-        for name, header in fresh:
-            self._operations[name] = Operation(
-                self._engine.get_function_address(header["symbol"]),
-                tuple(header["arguments"]),
-                frozenset(header["floats"]),
+            headers.append(found[0])
+            images.append(found[1])
+        memory = ExecutableMemory(images)
+        self._memory.append(memory)
+        for header, address in zip(headers, memory.addresses, strict=True):
+            self._operations[header["name"]] = Operation(
+                address + header["entry"], tuple(header["arguments"]), frozenset(header["floats"])
             )
 
     def function(self, name: str) -> Callable[..., int]:

@@ -7,8 +7,10 @@ Integer formats: `load(base, block)` gives the block as unsigned bytes and the l
     q0 .. q7   Bytes32: vector k holds columns 4k..4k+3 of rows 0..7 (row r in bytes 4r..4r+3)
     d, m       F32x8 per row; formats with a scale per 16 columns give d0, d1, m0, m1
 
-Float formats: `scale(base, block)` gives d per row, `load4(base, block, k, d)` columns 4k..4k+3 of the
-8 rows as F32x8, already multiplied.  Everything after that is shared (`matmul.py`).
+Word formats: `scale(base, block)` gives d per row, `load2(base, block, k)` columns 2k, 2k+1 and
+2k+16, 2k+17 of the 8 rows as signed bytes (Bytes16, row r in bytes 2r, 2r+1).
+Float formats: `load4(base, block, k)` gives columns 4k..4k+3 of the 8 rows as F32x8.
+Everything after that is shared (`matmul.py`).
 """
 
 from __future__ import annotations
@@ -213,73 +215,38 @@ def load_q6_k(base, block):
     return q, d0, d1, d0 * minus32, d1 * minus32
 
 
-# --- float formats --------------------------------------------------------------------------------
-@inline
-def no_scale(base, block):
-    return splat_f32(np.float32(1.0))
-
-
-@inline
-def load4_f32(base, block, k, d):
-    at = base + block * 1024 + k * 128
-    return load_f32x8(at), load_f32x8(at + 32), load_f32x8(at + 64), load_f32x8(at + 96)
-
-
-@inline
-def load4_f16(base, block, k, d):
-    at = base + block * 512 + k * 64
-    return load_f16x8(at), load_f16x8(at + 16), load_f16x8(at + 32), load_f16x8(at + 48)
-
-
-@inline
-def load4_bf16(base, block, k, d):
-    at = base + block * 512 + k * 64
-    return load_bf16x8(at), load_bf16x8(at + 16), load_bf16x8(at + 32), load_bf16x8(at + 48)
-
-
-# q8_0: d f16 (8,) | 32 columns of 8 rows, i8                                          272 bytes
+# --- word formats: signed bytes, two columns of 8 rows in 16 bytes (row r in bytes 2r, 2r+1) --------
+# q8_0: d f16 (8,) | columns 2k, 2k+1 for k = 0..15                                    272 bytes
 @inline
 def scale_q8_0(base, block):
     return load_f16x8(base + block * 272)
 
 
 @inline
-def load4_q8_0(base, block, k, d):
-    at = base + block * 272 + 16 + k * 32
-    return (
-        load_i8x8(at) * d,
-        load_i8x8(at + 8) * d,
-        load_i8x8(at + 16) * d,
-        load_i8x8(at + 24) * d,
-    )
+def load2_q8_0(base, block, k):
+    at = base + block * 272 + 16 + k * 16
+    return load_bytes16(at), load_bytes16(at + 128)
 
 
 @inline
-def iq4_values(at, d):
-    """16 bytes: low nibbles are columns 0 and 1 of 8 rows, high nibbles columns 2 and 3."""
+def iq4_pairs(at):
+    """Indices: low nibbles are the pair k, high nibbles the pair k + 8."""
     v = load_bytes16(at)
-    low = iq4_table(bytes16_and(v, 15))
-    high = iq4_table(bytes16_shr(v, 4))
-    return (
-        low_i8_to_f32(low) * d,
-        high_i8_to_f32(low) * d,
-        low_i8_to_f32(high) * d,
-        high_i8_to_f32(high) * d,
-    )
+    return iq4_table(bytes16_and(v, 15)), iq4_table(bytes16_shr(v, 4))
 
 
-# iq4_nl: d f16 (8,) | per 4 columns: 16 bytes of indices                              144 bytes
+# iq4_nl: d f16 (8,) | indices 8 x 16                                                  144 bytes
 @inline
 def scale_iq4_nl(base, block):
     return load_f16x8(base + block * 144)
 
 
 @inline
-def load4_iq4_nl(base, block, k, d):
-    return iq4_values(base + block * 144 + 16 + k * 16, d)
+def load2_iq4_nl(base, block, k):
+    return iq4_pairs(base + block * 144 + 16 + k * 16)
 
 
-# iq4_xs: per 256: d f16 (8,) | per 32: scale - 32 i8 (8,) | per 4 columns: 16 bytes   1104 bytes
+# iq4_xs: per 256: d f16 (8,) | per 32: scale - 32 i8 (8,) | indices 8 x 8 x 16       1104 bytes
 @inline
 def scale_iq4_xs(base, block):
     at = base + (block >> 3) * 1104
@@ -287,43 +254,65 @@ def scale_iq4_xs(base, block):
 
 
 @inline
-def load4_iq4_xs(base, block, k, d):
-    return iq4_values(base + (block >> 3) * 1104 + 80 + (block & 7) * 128 + k * 16, d)
+def load2_iq4_xs(base, block, k):
+    return iq4_pairs(base + (block >> 3) * 1104 + 80 + (block & 7) * 128 + k * 16)
+
+
+# --- float formats --------------------------------------------------------------------------------
+@inline
+def load4_f32(base, block, k):
+    at = base + block * 1024 + k * 128
+    return load_f32x8(at), load_f32x8(at + 32), load_f32x8(at + 64), load_f32x8(at + 96)
+
+
+@inline
+def load4_f16(base, block, k):
+    at = base + block * 512 + k * 64
+    return load_f16x8(at), load_f16x8(at + 16), load_f16x8(at + 32), load_f16x8(at + 48)
+
+
+@inline
+def load4_bf16(base, block, k):
+    at = base + block * 512 + k * 64
+    return load_bf16x8(at), load_bf16x8(at + 16), load_bf16x8(at + 32), load_bf16x8(at + 48)
 
 
 # --- the table ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class IntegerFormat:
-    """`bits` bounds q; `groups` is the number of scales per 32 columns; bytes per 256 columns of r8."""
+    """`bits` bounds q; `groups` is the number of scales per 32 columns."""
 
     load: Any
     bits: int
     groups: int
-    nbytes: int
+
+
+@dataclass(frozen=True)
+class WordFormat:
+    scale: Any
+    load2: Any
 
 
 @dataclass(frozen=True)
 class FloatFormat:
-    scale: Any
     load4: Any
-    nbytes: int
 
 
-LOADS: dict[str, IntegerFormat | FloatFormat] = {
-    "q4_0": IntegerFormat(load_q4_0, 4, 1, 8 * 144),
-    "q4_1": IntegerFormat(load_q4_1, 4, 1, 8 * 160),
-    "q5_0": IntegerFormat(load_q5_0, 5, 1, 8 * 176),
-    "q5_1": IntegerFormat(load_q5_1, 5, 1, 8 * 192),
-    "mxfp4": IntegerFormat(load_mxfp4, 5, 1, 8 * 136),
-    "q2_k": IntegerFormat(load_q2_k, 4, 2, 672),
-    "q3_k": IntegerFormat(load_q3_k, 4, 2, 912),
-    "q4_k": IntegerFormat(load_q4_k, 4, 1, 1184),
-    "q5_k": IntegerFormat(load_q5_k, 5, 1, 1440),
-    "q6_k": IntegerFormat(load_q6_k, 6, 2, 1680),
-    "f32": FloatFormat(no_scale, load4_f32, 8192),
-    "f16": FloatFormat(no_scale, load4_f16, 4096),
-    "bf16": FloatFormat(no_scale, load4_bf16, 4096),
-    "q8_0": FloatFormat(scale_q8_0, load4_q8_0, 8 * 272),
-    "iq4_nl": FloatFormat(scale_iq4_nl, load4_iq4_nl, 8 * 144),
-    "iq4_xs": FloatFormat(scale_iq4_xs, load4_iq4_xs, 1104),
+LOADS: dict[str, IntegerFormat | WordFormat | FloatFormat] = {
+    "q4_0": IntegerFormat(load_q4_0, 4, 1),
+    "q4_1": IntegerFormat(load_q4_1, 4, 1),
+    "q5_0": IntegerFormat(load_q5_0, 5, 1),
+    "q5_1": IntegerFormat(load_q5_1, 5, 1),
+    "mxfp4": IntegerFormat(load_mxfp4, 5, 1),
+    "q2_k": IntegerFormat(load_q2_k, 4, 2),
+    "q3_k": IntegerFormat(load_q3_k, 4, 2),
+    "q4_k": IntegerFormat(load_q4_k, 4, 1),
+    "q5_k": IntegerFormat(load_q5_k, 5, 1),
+    "q6_k": IntegerFormat(load_q6_k, 6, 2),
+    "q8_0": WordFormat(scale_q8_0, load2_q8_0),
+    "iq4_nl": WordFormat(scale_iq4_nl, load2_iq4_nl),
+    "iq4_xs": WordFormat(scale_iq4_xs, load2_iq4_xs),
+    "f32": FloatFormat(load4_f32),
+    "f16": FloatFormat(load4_f16),
+    "bf16": FloatFormat(load4_bf16),
 }

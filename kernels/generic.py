@@ -53,6 +53,14 @@ class Generic:
         return acc
 
     @staticmethod
+    def words_add(builder, acc, w, y):
+        """acc + products of i16 and i16, two neighbours summed into each i32 lane."""
+        wide = vector(i32, 16)
+        product = builder.mul(builder.sext(w, wide), builder.sext(y, wide))
+        even, odd = (shuffle(builder, product, list(range(k, 16, 2))) for k in (0, 1))
+        return builder.add(acc, builder.add(even, odd))
+
+    @staticmethod
     def fma(builder, a, b, c):
         return builder.fadd(builder.fmul(a, b), c)
 

@@ -5,8 +5,10 @@ Numba freezes these numbers into kernels; the runtime writes through the same na
 
 from __future__ import annotations
 
-STRIP = 32
-"""Rows of weights that a matrix kernel takes at once: four groups of 8 rows."""
+# --- rows of activations, bytes per 32 columns: see `quantize.py` ---------------------------------
+I8_NBYTES = 52
+I16_NBYTES = 68
+ACTIVATION_NBYTES = {"i8": I8_NBYTES, "i16": I16_NBYTES, "f32": 128}
 
 # --- the step: what this call evaluates -----------------------------------------------------------
 STEP_N_TOKENS = 0  # T

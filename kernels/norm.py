@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from .quantize import quantize_row
+from .quantize import write_forms
 from .simd import *
 
 
 def rms_norm(
     step, part, first, count, scratch,
-    out, out_stride, q8, q8_stride, x, x_stride, add, n_groups, width, weight, eps: float,
+    out, out_stride, i8, i8_stride, i16, i16_stride, x, x_stride, add, n_groups, width, weight, eps: float,
 ):  # fmt: skip
-    """out = add + x / sqrt(mean(x^2) + eps) * weight over groups of `width`; q8 its byte form.
+    """out = add + x / sqrt(mean(x^2) + eps) * weight over groups of `width`.
 
     With one group the row may end in columns of zeros, which stay; with more, `width` is a multiple
-    of 8. `q8` and `add` may be 0.
+    of 8. `add` may be 0, and so may `i8` and `i16`, the
+    integer forms of the result.
     """
     n_vectors = out_stride // 32 if n_groups == 1 else width // 8
     for t in range(first, first + count):
@@ -36,5 +37,5 @@ def rms_norm(
                 if add != 0:
                     v = load_f32x8(add + t * x_stride + group * width * 4 + i * 32) + v
                 store_f32x8(to + i * 32, v)
-        if q8 != 0:
-            quantize_row(q8 + t * q8_stride, out + t * out_stride, out_stride // 128)
+        to = out + t * out_stride
+        write_forms(t, to, out_stride // 128, i8, i8_stride, i16, i16_stride)

@@ -1,288 +1,255 @@
 """From a file's blocks to r8: 8 rows side by side, so that vector lanes are rows.
 
-One function per format, in NumPy: it runs once per tensor and moves bytes. `formats.py` has the byte
-map of what is written; the file's own layouts are those of the GGUF specification (ggml-quants.c).
+One function per format writes what one row gives to a packed block: `pack(out, row, block)` with `out`
+at the packed block, `row` 0..7 and `block` at the block in the file.  `formats.py` has the byte map of
+what is written.  Codes move as words of 4 columns (u32), which is how the packed planes are interleaved.
 
-Names: b u8 (G, 8, B, n) are the file's blocks of G groups of 8 rows, B blocks a row; v are unpacked
-codes u8 (G, 8, B, 32) per block of 32; what is written has shape (G, B, bytes of a packed block).
+File layouts (nibbles: low halves are the first 16 or 32 values, high halves the next):
+
+    q4_0    d | 16 nibble bytes                     q4_1    d | m | 16
+    q5_0    d | fifth bits u32 | 16                 q5_1    d | m | fifth bits u32 | 16
+    q8_0    d | 32 i8                               mxfp4   exponent u8 | 16
+    iq4_nl  d | 16                                  iq4_xs  d | high scale bits u16 | low 4 | 8 x 16
+    q2_k    16 sc, m nibbles | 64 | d | dmin        q3_k    third bits 32 | 64 | scales 12 | d
+    q4_k    d | dmin | scales 12 | 4 x 32           q5_k    d | dmin | scales 12 | fifth bits 32 | 4 x 32
+    q6_k    low nibbles 128 | high two bits 64 | 16 i8 scales | d
+
+Source: the GGUF specification and ggml-quants.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-from numpy.typing import NDArray
-
 from .blocks import FORMATS
-from .layout import STRIP
+from .simd import *
+from .simd import inline
 
-Bytes = NDArray[np.uint8]
-
-PACKED_NBYTES: dict[str, int] = {  # of 8 rows x one block of the file's format (32 for floats)
-    "f32": 1024,
-    "f16": 512,
-    "bf16": 512,
-    "q4_0": 144,
-    "q4_1": 160,
-    "q5_0": 176,
-    "q5_1": 192,
-    "q8_0": 272,
-    "iq4_nl": 144,
-    "mxfp4": 136,
-    "q2_k": 672,
-    "q3_k": 912,
-    "q4_k": 1184,
-    "q5_k": 1440,
-    "q6_k": 1680,
-    "iq4_xs": 1104,
-}
-FLOATS = ("f32", "f16", "bf16")
+_BLOCK_NBYTES = 256  # no block of a file is longer
 
 
-def padded(n: int, multiple: int = STRIP) -> int:
-    """Round up to a multiple."""
-    return -(-n // multiple) * multiple
+# --- planes ---------------------------------------------------------------------------------------
+@inline
+def move16(to, source):
+    store_i16(to, load_i16(source))
 
 
-def packed_nbytes(format_name: str, n_rows: int, n_cols: int) -> int:
-    """Bytes of a packed tensor: rows padded to 32, columns of float formats to 32."""
-    per_block = 32 if format_name in FLOATS else FORMATS[format_name].n_weights
-    return padded(n_rows) // 8 * (-(-n_cols // per_block)) * PACKED_NBYTES[format_name]
+@inline
+def nibble_words(out, row, source):
+    """16 nibble bytes as they are."""
+    for k in range(4):
+        store_i32(out + 32 * k + 4 * row, load_u32(source + 4 * k))
 
 
-def repack(format_name: str, raw: Bytes, n_rows: int, n_cols: int, out: Bytes) -> None:
-    """Write the packed form of a tensor to `out` (packed_nbytes,).
-
-    Shapes: raw u8 (n_rows * row bytes,) as in the file.
-    """
-    format_ = FORMATS[format_name]
-    row_nbytes = format_.row_nbytes(n_cols)
-    rows = raw.reshape(n_rows, row_nbytes)
-    group_nbytes = packed_nbytes(format_name, 8, n_cols) // 4
-    groups = out.reshape(padded(n_rows) // 8, group_nbytes)
-    step = max(1, (1 << 20) // (8 * row_nbytes))  # about 1 MB at a time stays in the cache
-    for first in range(0, len(groups), step):
-        to = groups[first : first + step]
-        chunk = rows[first * 8 : (first + len(to)) * 8]
-        if len(chunk) < len(to) * 8:
-            full = np.zeros((len(to) * 8, row_nbytes), np.uint8)
-            full[: len(chunk)] = chunk
-            chunk = full
-        if format_name in FLOATS:
-            _floats(chunk.reshape(len(to), 8, n_cols, format_.nbytes), to)
-        else:
-            n_blocks = n_cols // format_.n_weights
-            b = chunk.reshape(len(to), 8, n_blocks, format_.nbytes)
-            _REPACK[format_name](b, to.reshape(len(to), n_blocks, -1))
+@inline
+def pair_words(out, row, source, n):
+    """2 n bytes, two columns at a time."""
+    for k in range(n):
+        move16(out + 16 * k + 2 * row, source + 2 * k)
 
 
-# --- pieces ---------------------------------------------------------------------------------------
-def _put(out: Bytes, at: int, values: NDArray) -> int:
-    """Store (G, B, ...) at byte `at` of every block; return where it ends."""
-    flat = np.ascontiguousarray(values).view(np.uint8).reshape(*out.shape[:2], -1)
-    out[:, :, at : at + flat.shape[2]] = flat
-    return at + flat.shape[2]
+@inline
+def field(source, k, shift, mask):
+    """Columns 4k..4k+3 of a run of bytes that holds several codes."""
+    return load_u32(source + 4 * k) >> shift & mask
 
 
-def _rows_last(values: NDArray) -> NDArray:
-    """(G, 8, B, n) to (G, B, n, 8)."""
-    return values.transpose(0, 2, 3, 1)
+@inline
+def nibble_plane(out, row, source, shift):
+    for k in range(4):
+        low = field(source, k, shift, 0x0F0F0F0F)
+        store_i32(out + 32 * k + 4 * row, low | field(source, k + 4, shift, 0x0F0F0F0F) << 4)
 
 
-def _f16(b: Bytes, at: int) -> NDArray:
-    """One f16 per block, of 8 rows."""
-    return _rows_last(np.ascontiguousarray(b[..., at : at + 2]).view(np.uint16))
+@inline
+def two_bit_plane(out, row, source, shift):
+    for k in range(2):
+        word = field(source, k, shift, 0x03030303)
+        for i in range(1, 4):
+            word |= field(source, k + 2 * i, shift, 0x03030303) << 2 * i
+        store_i32(out + 32 * k + 4 * row, word)
 
 
-def _words(b: Bytes, at: int) -> NDArray:
-    """16 bytes of nibbles as they are: words of 4 columns, of 8 rows."""
-    return _rows_last(np.ascontiguousarray(b[..., at : at + 16]).view(np.uint32))
+@inline
+def bit_plane(out, row, source, shift):
+    word = 0
+    for k in range(8):
+        word |= field(source, k, shift, 0x01010101) << k
+    store_i32(out + 4 * row, word)
 
 
-def _by_vector(v: Bytes) -> NDArray:
-    """Codes (G, 8, B, 32) to (G, B, vector 8, row 8, column 4)."""
-    g, _, n, _ = v.shape
-    return v.reshape(g, 8, n, 8, 4).transpose(0, 2, 3, 1, 4)
-
-
-def _nibble_plane(v: Bytes) -> NDArray:
-    w = _by_vector(v)
-    return w[:, :, :4] | (w[:, :, 4:] << 4)
-
-
-def _two_bit_plane(v: Bytes) -> NDArray:
-    w = _by_vector(v)
-    return w[:, :, :2] | (w[:, :, 2:4] << 2) | (w[:, :, 4:6] << 4) | (w[:, :, 6:] << 6)
-
-
-def _bit_plane(v: Bytes) -> NDArray:
-    w = _by_vector(v)
-    return np.packbits(w, axis=2, bitorder="little")
-
-
-def _fifth_bits(b: Bytes, at: int) -> NDArray:
-    return _bit_plane(np.unpackbits(b[..., at : at + 4], axis=3, bitorder="little"))
-
-
-def _sub_blocks(values: NDArray) -> Bytes:
-    """Codes (G, 8, B, 256 in any shape) to (G, 8, 8 B, 32)."""
-    g, _, n = values.shape[:3]
-    return values.reshape(g, 8, n * 8, 32)
-
-
-def _per_super(plane: NDArray, n: int) -> NDArray:
-    """Planes of (G, 8 B, ...) back to (G, B, ...)."""
-    return np.ascontiguousarray(plane).reshape(len(plane), n, -1)
+@inline
+def fifth_bits(out, row, source):
+    """Bit e of a u32 belongs to column e: gather every fourth bit into a byte."""
+    bits = load_u32(source)
+    for i in range(4):
+        b = bits >> i & 0x11111111
+        b = (b | b >> 3) & 0x03030303
+        b = (b | b >> 6) & 0x000F000F
+        store_i8(out + 4 * row + i, (b | b >> 12) & 0xFF)
 
 
 # --- formats of 32 --------------------------------------------------------------------------------
-def _floats(b: Bytes, out: Bytes) -> None:
-    g, _, n_cols, size = b.shape
-    to = out.reshape(g, -1, 8, size)
-    to[:, :n_cols] = b.transpose(0, 2, 1, 3)
-    to[:, n_cols:] = 0
+@inline
+def pack_q4_0(out, row, block):
+    move16(out + 2 * row, block)
+    nibble_words(out + 16, row, block + 2)
 
 
-def _q4_0(b: Bytes, out: Bytes) -> None:
-    _put(out, _put(out, 0, _f16(b, 0)), _words(b, 2))
+@inline
+def pack_q4_1(out, row, block):
+    move16(out + 2 * row, block)
+    move16(out + 16 + 2 * row, block + 2)
+    nibble_words(out + 32, row, block + 4)
 
 
-def _q4_1(b: Bytes, out: Bytes) -> None:
-    _put(out, _put(out, _put(out, 0, _f16(b, 0)), _f16(b, 2)), _words(b, 4))
+@inline
+def pack_q5_0(out, row, block):
+    move16(out + 2 * row, block)
+    fifth_bits(out + 16, row, block + 2)
+    nibble_words(out + 48, row, block + 6)
 
 
-def _q5_0(b: Bytes, out: Bytes) -> None:
-    at = _put(out, _put(out, 0, _f16(b, 0)), _fifth_bits(b, 2))
-    _put(out, at, _words(b, 6))
+@inline
+def pack_q5_1(out, row, block):
+    move16(out + 2 * row, block)
+    move16(out + 16 + 2 * row, block + 2)
+    fifth_bits(out + 32, row, block + 4)
+    nibble_words(out + 64, row, block + 8)
 
 
-def _q5_1(b: Bytes, out: Bytes) -> None:
-    at = _put(out, _put(out, 0, _f16(b, 0)), _f16(b, 2))
-    _put(out, _put(out, at, _fifth_bits(b, 4)), _words(b, 8))
+@inline
+def pack_q8_0(out, row, block):
+    move16(out + 2 * row, block)
+    pair_words(out + 16, row, block + 2, 16)
 
 
-def _q8_0(b: Bytes, out: Bytes) -> None:
-    _put(out, _put(out, 0, _f16(b, 0)), _rows_last(b[..., 2:]))
+@inline
+def pack_iq4_nl(out, row, block):
+    move16(out + 2 * row, block)
+    pair_words(out + 16, row, block + 2, 8)
 
 
-def _mxfp4(b: Bytes, out: Bytes) -> None:
-    _put(out, _put(out, 0, _rows_last(b[..., :1])), _words(b, 1))
-
-
-def _indices(v: Bytes) -> NDArray:
-    """4-bit indices (G, 8, B, 32) to 16 bytes per 4 columns: columns 0, 1 low; 2, 3 high."""
-    g, _, n, _ = v.shape
-    w = v.reshape(g, 8, n, 8, 2, 2).transpose(0, 2, 3, 4, 5, 1)  # (G, B, 8, half, column, row)
-    return w[:, :, :, 0] | (w[:, :, :, 1] << 4)
-
-
-def _nibbles(b: Bytes) -> Bytes:
-    """16 bytes to 32 codes: low nibbles first."""
-    return np.concatenate([b & 15, b >> 4], axis=-1)
-
-
-def _iq4_nl(b: Bytes, out: Bytes) -> None:
-    _put(out, _put(out, 0, _f16(b, 0)), _indices(_nibbles(b[..., 2:])))
+@inline
+def pack_mxfp4(out, row, block):
+    store_i8(out + row, load_u8(block))
+    nibble_words(out + 8, row, block + 1)
 
 
 # --- formats of 256 -------------------------------------------------------------------------------
-def _scales_k4(b: Bytes, at: int) -> tuple[Bytes, Bytes]:
-    """The 12 bytes of q4_k and q5_k: 8 six-bit scales and 8 six-bit minima."""
-    s = b[..., at : at + 12]
-    low, middle, high = s[..., :4], s[..., 4:8], s[..., 8:]
-    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=-1)
-    minima = np.concatenate([middle & 63, (high >> 4) | ((middle >> 6) << 4)], axis=-1)
-    return scales, minima
+@inline
+def k4_head(out, row, block):
+    """d, dmin, and from 12 bytes 8 six-bit scales and 8 six-bit minima (q4_k, q5_k)."""
+    move16(out + 2 * row, block)
+    move16(out + 16 + 2 * row, block + 2)
+    s = block + 4
+    for j in range(4):
+        store_i8(out + 32 + 16 * j + row, load_u8(s + j) & 63)
+        store_i8(out + 40 + 16 * j + row, load_u8(s + 4 + j) & 63)
+        both = load_u8(s + 8 + j)
+        store_i8(out + 96 + 16 * j + row, both & 15 | load_u8(s + j) >> 6 << 4)
+        store_i8(out + 104 + 16 * j + row, both >> 4 | load_u8(s + 4 + j) >> 6 << 4)
 
 
-def _q4_k_head(b: Bytes, out: Bytes) -> int:
-    scales, minima = _scales_k4(b, 4)
-    at = _put(out, _put(out, 0, _f16(b, 0)), _f16(b, 2))
-    both = np.stack([_rows_last(scales), _rows_last(minima)], axis=3)  # (G, B, 8, 2, row)
-    return _put(out, at, both)
+@inline
+def pack_q4_k(out, row, block):
+    k4_head(out, row, block)
+    for j in range(8):
+        nibble_plane(out + 160 + 128 * j, row, block + 16 + 32 * (j // 2), 4 * (j % 2))
 
 
-def _nibbles_of_32(b: Bytes) -> Bytes:
-    """Runs of 32 bytes: low nibbles are 32 codes, high nibbles the next 32."""
-    q = b.reshape(*b.shape[:3], -1, 1, 32)
-    return np.concatenate([q & 15, q >> 4], axis=-2)
+@inline
+def pack_q5_k(out, row, block):
+    k4_head(out, row, block)
+    for j in range(8):
+        nibble_plane(out + 160 + 128 * j, row, block + 48 + 32 * (j // 2), 4 * (j % 2))
+        bit_plane(out + 1184 + 32 * j, row, block + 16, j)
 
 
-def _q4_k(b: Bytes, out: Bytes) -> None:
-    at = _q4_k_head(b, out)
-    _put(out, at, _per_super(_nibble_plane(_sub_blocks(_nibbles_of_32(b[..., 16:]))), b.shape[2]))
+@inline
+def pack_q2_k(out, row, block):
+    move16(out + 2 * row, block + 80)
+    move16(out + 16 + 2 * row, block + 82)
+    for i in range(16):
+        store_i8(out + 32 + 8 * i + row, load_u8(block + i))
+    for j in range(8):
+        two_bit_plane(out + 160 + 64 * j, row, block + 16 + 32 * (j // 4), 2 * (j % 4))
 
 
-def _q5_k(b: Bytes, out: Bytes) -> None:
-    n = b.shape[2]
-    at = _q4_k_head(b, out)
-    at = _put(out, at, _per_super(_nibble_plane(_sub_blocks(_nibbles_of_32(b[..., 48:]))), n))
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    fifth = (b[..., 16:48][..., None, :] >> shifts) & 1  # bit of sub-block, position
-    _put(out, at, _per_super(_bit_plane(_sub_blocks(fifth)), n))
+@inline
+def pack_q3_k(out, row, block):
+    move16(out + 2 * row, block + 108)
+    s = block + 96
+    for i in range(16):
+        low = load_u8(s + i % 8) >> 4 * (i // 8) & 15
+        high = load_u8(s + 8 + i % 4) >> 2 * (i // 4) & 3
+        store_i8(out + 16 + 8 * i + row, (low | high << 4) - 32)
+    for j in range(8):
+        two_bit_plane(out + 144 + 64 * j, row, block + 32 + 32 * (j // 4), 2 * (j % 4))
+        bit_plane(out + 656 + 32 * j, row, block, j)
 
 
-def _two_bits_of_32(b: Bytes) -> Bytes:
-    """Runs of 32 bytes: bits 0-1 are 32 codes, bits 2-3 the next 32, ..."""
-    q = b.reshape(*b.shape[:3], -1, 1, 32)
-    return (q >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+@inline
+def pack_q6_k(out, row, block):
+    move16(out + 2 * row, block + 208)
+    for i in range(16):
+        store_i8(out + 16 + 8 * i + row, load_u8(block + 192 + i))
+    for j in range(8):
+        low = block + 64 * (j // 4) + 32 * (j % 2)
+        nibble_plane(out + 144 + 128 * j, row, low, 4 * (j // 2 % 2))
+        two_bit_plane(out + 1168 + 64 * j, row, block + 128 + 32 * (j // 4), 2 * (j % 4))
 
 
-def _q2_k(b: Bytes, out: Bytes) -> None:
-    at = _put(out, _put(out, 0, _f16(b, 80)), _f16(b, 82))
-    at = _put(out, at, _rows_last(b[..., :16]))
-    codes = _sub_blocks(_two_bits_of_32(b[..., 16:80]))
-    _put(out, at, _per_super(_two_bit_plane(codes), b.shape[2]))
+@inline
+def pack_iq4_xs(out, row, block):
+    move16(out + 2 * row, block)
+    high = load_i16(block + 2)
+    for j in range(8):
+        low = load_u8(block + 4 + j // 2) >> 4 * (j % 2) & 15
+        store_i8(out + 16 + 8 * j + row, (low | (high >> 2 * j & 3) << 4) - 32)
+        pair_words(out + 80 + 128 * j, row, block + 8 + 16 * j, 8)
 
 
-def _q3_k(b: Bytes, out: Bytes) -> None:
-    n = b.shape[2]
-    packed = b[..., 96:108]
-    low = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
-    high = packed[..., None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    scales = low | (high.reshape(low.shape) << 4)
-    at = _put(out, 0, _f16(b, 108))
-    at = _put(out, at, _rows_last(scales.astype(np.int8) - np.int8(32)))
-    at = _put(out, at, _per_super(_two_bit_plane(_sub_blocks(_two_bits_of_32(b[..., 32:96]))), n))
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    third = (b[..., None, :32] >> shifts) & 1
-    _put(out, at, _per_super(_bit_plane(_sub_blocks(third)), n))
+# --- floats ---------------------------------------------------------------------------------------
+@inline
+def pack_f32(out, row, block):
+    store_i32(out + 4 * row, load_u32(block))
 
 
-def _q6_k(b: Bytes, out: Bytes) -> None:
-    n = b.shape[2]
-    shape = (*b.shape[:3], 2, 1, 64)
-    low = b[..., :128].reshape(shape)
-    low = np.concatenate([low & 15, low >> 4], axis=-2)  # (.., 2, 2, 64): +0 +32 | +64 +96
-    high = _two_bits_of_32(b[..., 128:192])
-    at = _put(out, 0, _f16(b, 208))
-    at = _put(out, at, _rows_last(b[..., 192:208]))
-    at = _put(out, at, _per_super(_nibble_plane(_sub_blocks(low)), n))
-    _put(out, at, _per_super(_two_bit_plane(_sub_blocks(high)), n))
+@inline
+def pack_f16(out, row, block):
+    move16(out + 2 * row, block)
 
 
-def _iq4_xs(b: Bytes, out: Bytes) -> None:
-    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:3], 8)
-    high = np.ascontiguousarray(b[..., 2:4]).view(np.uint16) >> np.arange(0, 16, 2, np.uint16) & 3
-    scales = (low | (high << 4)).astype(np.int8) - np.int8(32)
-    at = _put(out, _put(out, 0, _f16(b, 0)), _rows_last(scales))
-    q = b[..., 8:].reshape(*b.shape[:3], 8, 16)
-    _put(out, at, _per_super(_indices(_sub_blocks(_nibbles(q))), b.shape[2]))
+pack_bf16 = pack_f16
 
 
-_REPACK: dict[str, Callable[[Bytes, Bytes], None]] = {
-    "q4_0": _q4_0,
-    "q4_1": _q4_1,
-    "q5_0": _q5_0,
-    "q5_1": _q5_1,
-    "q8_0": _q8_0,
-    "mxfp4": _mxfp4,
-    "iq4_nl": _iq4_nl,
-    "q2_k": _q2_k,
-    "q3_k": _q3_k,
-    "q4_k": _q4_k,
-    "q5_k": _q5_k,
-    "q6_k": _q6_k,
-    "iq4_xs": _iq4_xs,
-}
+def repack(format_name):
+    """Return `repack[format]`: write packed groups of 8 rows, the last one padded with zeros.
+
+    Shapes: raw u8 (n_rows, row bytes) as in the file, out u8 (ceil(n_rows / 8), group_nbytes).
+    """
+    pack = globals()[f"pack_{format_name}"]
+    format_ = FORMATS[format_name]
+    block_nbytes = format_.nbytes
+    packed_nbytes = format_.packed if format_.n_weights > 1 else 8 * format_.nbytes
+
+    def operation(step, part, first, count, scratch, out, group_nbytes, raw, n_rows, n_blocks):
+        row_nbytes = n_blocks * block_nbytes
+        for i in range(0, _BLOCK_NBYTES, 8):
+            store_i64(scratch + i, 0)
+        for group in range(first, first + count):
+            to = out + group * group_nbytes
+            source = raw + group * 8 * row_nbytes
+            n = min(8, n_rows - group * 8)
+            for block in range(n_blocks):
+                for row in range(n):
+                    pack(
+                        to + block * packed_nbytes,
+                        row,
+                        source + row * row_nbytes + block * block_nbytes,
+                    )
+                for row in range(n, 8):
+                    pack(to + block * packed_nbytes, row, scratch)
+            for i in range(n_blocks * packed_nbytes, group_nbytes):
+                store_i8(to + i, 0)
+
+    return operation

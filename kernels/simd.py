@@ -4,6 +4,7 @@ Kernels are plain Python functions over 64-bit integers (addresses are integers)
 
     F32x8    8 floats                 Bytes32  32 bytes (u8 or i8, the operation says which)
     I32x8    8 integers               Pairs    sums of u8 x i8 products, in the tier's own width
+    Words16  16 signed words of 16 bits
 
 `+ - *` work on F32x8 and I32x8.  What depends on the CPU is asked of `lowering`, one class per tier
 (`generic.py`, `x86.py`); the compiler sets it before it compiles anything.
@@ -28,6 +29,7 @@ from .generic import call, f32, i8, i16, i32, shuffle, splat, vector
 
 i64 = ir.IntType(64)
 lowering: type[generic.Generic] = generic.Generic
+system_convention = "ccc"  # of what is called through an address
 
 
 class Vec(types.Type):
@@ -61,6 +63,7 @@ F32x8 = Vec("F32x8", vector(f32, 8))
 I32x8 = Vec("I32x8", vector(i32, 8))
 Bytes32 = Vec("Bytes32", vector(i8, 32))
 Bytes16 = Vec("Bytes16", vector(i8, 16))
+Words16 = Vec("Words16", vector(i16, 16))
 Pairs = _Pairs()
 
 _OPERATORS = {
@@ -165,6 +168,8 @@ def _op0(result, emit):
 # --- scalars in memory ----------------------------------------------------------------------------
 load_i64 = _op1(types.int64, lambda b, a: _load(b, a, i64))
 load_i32 = _op1(types.int64, lambda b, a: b.sext(_load(b, a, i32), i64))
+load_u32 = _op1(types.int64, lambda b, a: b.zext(_load(b, a, i32), i64))
+store_i32 = _op2(types.void, lambda b, a, v: _store(b, a, b.trunc(v, i32)))
 load_u8 = _op1(types.int64, lambda b, a: b.zext(_load(b, a, i8), i64))
 load_i8 = _op1(types.int64, lambda b, a: b.sext(_load(b, a, i8), i64))
 load_i16 = _op1(types.int64, lambda b, a: b.sext(_load(b, a, i16), i64))
@@ -277,6 +282,16 @@ pairs_zero = _op0(Pairs, lambda b: ir.Constant(lowering.pairs_type, None))
 pairs_add = _op3(Pairs, lambda b, acc, w, y: lowering.pairs_add(b, acc, w, y))
 pairs_sum = _op1(I32x8, lambda b, acc: lowering.pairs_sum(b, acc))
 
+# --- products of words ----------------------------------------------------------------------------
+widen_i8 = _op1(Words16, lambda b, v: b.sext(v, vector(i16, 16)))
+load_words16 = _op1(Words16, lambda b, a: _load(b, a, vector(i16, 16)))
+store_words16 = _op2(types.void, lambda b, a, v: _store(b, a, v))
+broadcast_pair = _op1(  # two neighbouring words, to every lane of 32 bits
+    Words16, lambda b, a: b.bitcast(_splat_value(b, _load(b, a, i32), 8), vector(i16, 16))
+)
+zero_i32x8 = _op0(I32x8, lambda b: splat(i32, 8, 0))
+words_add = _op3(I32x8, lambda b, acc, w, y: lowering.words_add(b, acc, w, y))
+
 # --- arithmetic -----------------------------------------------------------------------------------
 to_f32 = _op1(F32x8, lambda b, v: b.sitofp(v, vector(f32, 8)))
 fma = _op3(F32x8, lambda b, x, y, z: lowering.fma(b, x, y, z))
@@ -322,15 +337,19 @@ absolute = _op1(
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, to nearest even
 
 
-def _round_to_bytes(builder, address, value):
-    """Round |v| <= 127 to nearest even and store 8 signed bytes."""
-    shifted = builder.fadd(value, splat(f32, 8, _ROUND))
-    ints = builder.sub(builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, 0x4B400000))
-    _store(builder, address, builder.trunc(ints, vector(i8, 8)))
-    return ints
+def _round_to(lane):
+    def emit(builder, address, value):
+        """Round |v| < 2^22 to nearest even, store 8 signed integers and return them."""
+        shifted = builder.fadd(value, splat(f32, 8, _ROUND))
+        ints = builder.sub(builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, 0x4B400000))
+        _store(builder, address, builder.trunc(ints, vector(lane, 8)))
+        return ints
+
+    return emit
 
 
-store_rounded_i8x8 = _op2(I32x8, _round_to_bytes)
+store_rounded_i8x8 = _op2(I32x8, _round_to(i8))
+store_rounded_i16x8 = _op2(I32x8, _round_to(i16))
 
 
 def _lane_tree(combine):
@@ -428,28 +447,15 @@ compare_exchange = _op3(
 pause = _op0(types.void, lambda b: lowering.pause(b))
 
 
-def _call_pointer(n_args, result):
-    def emit(builder, function, *args):
-        fn = ir.FunctionType(result, [i64] * n_args)
-        return builder.call(builder.inttoptr(function, fn.as_pointer()), args[:n_args])
-
-    return emit
+def _call_system(builder, function, *args):
+    fn = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    pointer = builder.inttoptr(function, fn.as_pointer())
+    return builder.call(pointer, args, cconv=system_convention)
 
 
-call_yield = _op1(types.void, _call_pointer(0, ir.VoidType()))
-
-
-@intrinsic
-def call_sleep(typingctx, function, units):
-    """Call the system's sleep, which takes an unsigned 32-bit count."""
-
-    def codegen(context, builder, sig, args):
-        fn = ir.FunctionType(ir.VoidType(), [i32])
-        pointer = builder.inttoptr(args[0], fn.as_pointer())
-        builder.call(pointer, [builder.trunc(args[1], i32)])
-        return context.get_dummy_value()
-
-    return types.void(function, units), codegen
+call_yield = _op1(types.void, _call_system)
+# The system's sleep takes an unsigned 32-bit count.
+call_sleep = _op2(types.void, lambda b, f, units: _call_system(b, f, b.trunc(units, i32)))
 
 
 @intrinsic
@@ -458,7 +464,8 @@ def call_operation(typingctx, function, step, record, part, first, count, scratc
 
     def codegen(context, builder, sig, args):
         fn = ir.FunctionType(ir.VoidType(), [i64] * 6)
-        builder.call(builder.inttoptr(args[0], fn.as_pointer()), args[1:])
+        pointer = builder.inttoptr(args[0], fn.as_pointer())
+        builder.call(pointer, args[1:], cconv=system_convention)
         return context.get_dummy_value()
 
     return types.void(*sig_args(function, step, record, part, first, count, scratch)), codegen

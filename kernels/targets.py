@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,28 @@ TARGETS: dict[str, Target] = {
 _MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
+# Where Linux and LLVM spell a flag differently.
+_SPELLING = {
+    "avx512_vnni": "avx512vnni",
+    "avx_vnni": "avxvnni",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+}
+
+
 @cache
 def host_features() -> frozenset[str]:
-    """Flags of this CPU, in LLVM's spelling."""
+    """Flags of this CPU, in LLVM's spelling.
+
+    Linux tells them itself, which saves importing LLVM, and knows dotprod and i8mm, which LLVM does not.
+    """
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, flags = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                return frozenset(_SPELLING.get(flag, flag) for flag in flags.split())
+    except OSError:
+        pass
     import llvmlite.binding as llvm
 
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)

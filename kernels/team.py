@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 
 import numpy as np
 
 from . import layout
-from .compiler import Pack
+from .compiler import Operation, Pack
 
 NAMES = ("step.launch", "step.work")
 _NAPS_BEFORE_PARKING = 10_000  # of 100 us
@@ -33,6 +34,26 @@ def _system_waits() -> tuple[int, int, int]:
 
 def _address(function: object) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def fill_arguments(row: np.ndarray, operation: Operation, arguments: Mapping[str, float]) -> None:
+    """Write an operation's arguments into its record i64 (RECORD_NBYTES / 8,)."""
+    assert set(arguments) == set(operation.arguments), (arguments, operation.arguments)
+    for i, name in enumerate(operation.arguments, layout.RECORD_ARGUMENTS // 8):
+        if name in operation.floats:
+            row[i : i + 1].view(np.float32)[0] = arguments[name]
+        else:
+            row[i] = arguments[name]
+
+
+def call_here(pack: Pack, name: str, arguments: Mapping[str, float], count: int) -> None:
+    """Run an operation that needs no step over [0, count), on the calling thread."""
+    operation = pack[name]
+    record = np.zeros(layout.RECORD_NBYTES // 8, np.int64)
+    scratch = np.empty(512, np.int64)
+    fill_arguments(record, operation, arguments)
+    prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)
+    prototype(operation.address)(0, record.ctypes.data, 0, 0, count, scratch.ctypes.data)
 
 
 class Team:

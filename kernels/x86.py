@@ -22,6 +22,10 @@ class AVX2(Generic):
         return call(builder, "llvm.x86.avx2.pmadd.wd", vector(i32, 8), acc, splat(i16, 16, 1))
 
     @staticmethod
+    def words_add(builder, acc, w, y):
+        return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", vector(i32, 8), w, y))
+
+    @staticmethod
     def fma(builder, a, b, c):
         return call(builder, "llvm.fma.v8f32", vector(f32, 8), a, b, c)
 
@@ -56,3 +60,8 @@ class AVX512VNNI(AVX2):
     @staticmethod
     def pairs_sum(builder, acc):
         return acc
+
+    @staticmethod
+    def words_add(builder, acc, w, y):
+        w, y = (builder.bitcast(v, vector(i32, 8)) for v in (w, y))
+        return call(builder, "llvm.x86.avx512.vpdpwssd.256", vector(i32, 8), acc, w, y)

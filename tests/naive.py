@@ -10,7 +10,7 @@ compares every kernel path with this file; `test_fidelity.py` uses its divergenc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ def dequantize(raw: np.ndarray, type_id: int, n_rows: int, n_cols: int) -> np.nd
     return np.asarray(gguf.quants.dequantize(rows, kind), np.float32).reshape(n_rows, n_cols)
 
 
-def round_activations(x: np.ndarray) -> np.ndarray:
-    """Round rows to what int8 with one scale per 16 columns can say, as integer kernels do."""
+def round_activations(x: np.ndarray, form: str) -> np.ndarray:
+    """Round rows to what integer kernels see: i8 with a scale per 16 columns, i16 with one per 32."""
+    group, limit = {"i8": (16, 127.0), "i16": (32, 32767.0)}[form]
     n_rows, n_cols = x.shape
-    padded = np.zeros((n_rows, -(-n_cols // 16) * 16), np.float64)
+    padded = np.zeros((n_rows, -(-n_cols // group) * group), np.float64)
     padded[:, :n_cols] = x
-    blocks = padded.reshape(n_rows, -1, 16)
-    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127.0
+    blocks = padded.reshape(n_rows, -1, group)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / limit
     codes = np.rint(blocks / np.where(scale > 0, scale, 1.0))
     return (codes * scale).reshape(n_rows, -1)[:, :n_cols].astype(x.dtype)
 
@@ -74,15 +75,15 @@ class NaiveModel:
         path: Path | str,
         *,
         dtype: Any = np.float64,
-        int8_formats: Collection[str] = (),
+        rounds: bool = False,
         f16_cache: bool = False,
     ) -> None:
-        """`int8_formats`: weight formats whose inputs are rounded to int8 first."""
+        """`rounds`: the inputs of projections are rounded to the form their kernels take."""
         from edgellama.gguf import open_gguf
 
         self.file = open_gguf(path)
         self.dtype = dtype
-        self.int8_formats = frozenset(int8_formats)
+        self.rounds = rounds
         self.f16_cache = f16_cache
         self.arch = self.file.metadata["general.architecture"]
         self.gemma = self.arch == "gemma3"
@@ -117,8 +118,11 @@ class NaiveModel:
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         """x @ W^T + bias."""
-        if self.file.tensors[f"{name}.weight"].type_name in self.int8_formats:
-            x = round_activations(x)
+        from edgellama.kernels.blocks import FORMATS
+
+        form = FORMATS[self.file.tensors[f"{name}.weight"].type_name].activation
+        if self.rounds and form != "f32":
+            x = round_activations(x, form)
         out = x @ self.weight(f"{name}.weight").T
         if f"{name}.bias" in self.file.tensors:
             out = out + self.weight(f"{name}.bias")

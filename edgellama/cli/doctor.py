@@ -38,7 +38,7 @@ def doctor() -> None:
         "memory": f"{_gigabytes(total)}, {_gigabytes(available)} available"
         + (f"; the control group grants {_gigabytes(limit)}" if limit else ""),
         "home": str(catalog.home()),
-        "kernel packs": f"{len(list(packs.glob('*.o')))} objects",
+        "kernel packs": f"{len(list(packs.glob('*.bin')))} objects",
         "models": ", ".join(name for name, _, _ in catalog.installed()) or "none fetched",
     }
     for name, text in rows.items():

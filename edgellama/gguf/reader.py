@@ -60,6 +60,27 @@ class TensorInfo:
     part: int = 0
 
 
+class TensorBytes:
+    """The bytes of a tensor, read when asked; stays usable when its file object is closed."""
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        self._path, self._info = path, info
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        os.close(self._handle)
+
+    def read_into(self, out: np.ndarray, at: int) -> None:
+        """Fill `out` u8 from byte `at` of the tensor on."""
+        view = memoryview(out)
+        done = 0
+        while done < len(view):
+            n = os.preadv(self._handle, [view[done:]], self._info.offset + at + done)
+            if n == 0:
+                raise ModelFileError(f"{self._path.name} shrank; {self._info.name} is gone")
+            done += n
+
+
 class _Cursor:
     """A position in the header; every read is checked against the end of the file."""
 
@@ -185,6 +206,11 @@ class GGUFFile:
                 f"tensor {name} is gone. Fetch the file again"
             )
         return np.frombuffer(mapping, np.uint8, info.nbytes, info.offset)
+
+    def bytes_of(self, name: str) -> TensorBytes:
+        """Return the reader of a tensor's bytes."""
+        info = self.tensors[name]
+        return TensorBytes(self._maps[info.part][0], info)
 
     def release(self, name: str) -> None:
         """Drop the resident pages of a tensor, where the system can."""

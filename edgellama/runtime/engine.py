@@ -88,8 +88,9 @@ class Engine:
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
         with progress("Loading weights", total) as advance:
             self._weights = Weights(
-                gguf, program.weights, n_threads=min(n_threads, 4), advance=advance
-            )
+                gguf, program.weights, program.gathered, self._pack,
+                n_batch=self.n_batch, n_threads=n_threads, advance=advance,
+            )  # fmt: skip
         n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes
         self._cache = KVCache(
             n_layers=config.n_layers,
@@ -250,10 +251,11 @@ class Engine:
         """Write the step's arrays; return the rows of the last tokens that are wanted."""
         n = 0
         wanted = []
+        every_id = [i for _, ids in batch for i in ids]
+        self._ids[: len(every_id)] = self._weights.gather(every_id)
         for (sequence, ids), wants in zip(batch, wants_last, strict=True):
             self._cache.reserve(sequence, len(sequence.tokens) + len(ids))
             rows = slice(n, n + len(ids))
-            self._ids[rows] = ids
             start = len(sequence.tokens)
             self._positions[rows] = np.arange(start, start + len(ids))
             self._tables[rows] = sequence.table.ctypes.data

@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from edgellama.errors import ContextOverflowError, OutOfMemoryError
-from edgellama.kernels.repack import padded
+from edgellama.kernels.blocks import padded
 
 PAGE = 32
 

@@ -14,14 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from edgellama.kernels import layout
-from edgellama.kernels.blocks import FORMATS
+from edgellama.kernels.blocks import FORMATS, STRIP, padded
 from edgellama.kernels.compiler import Pack
-from edgellama.kernels.repack import padded
+from edgellama.kernels.team import fill_arguments
 from edgellama.models.builder import Builder, Node, Tensor
 from edgellama.models.config import ModelConfig, RopeConfig
-
-INTEGER_FORMATS = frozenset(FORMATS) - {"f32", "f16", "bf16", "q8_0", "iq4_nl", "iq4_xs"}
-"""Formats whose kernels take activations as bytes; the others take floats."""
 
 _ALL_TOKENS = 1 << 30
 
@@ -87,8 +84,8 @@ class Program:
         self._builder = builder
         self._fuse = fuse
         self._free: list[Slot] = []
-        self._floats: dict[Tensor, Slot] = {}
-        self._bytes: dict[Tensor, Slot] = {}
+        self._forms: dict[str, dict[Tensor, Slot]] = {"f32": {}, "i8": {}, "i16": {}}
+        self._floats = self._forms["f32"]
         self._uses: dict[Tensor, int] = {}
         self._kv = Slot(0, False)  # stands for the cache in the order of records
         for node in builder.nodes:
@@ -108,14 +105,9 @@ class Program:
         self.slots.append(slot)
         return slot
 
-    def _float_slot(self, tensor: Tensor) -> Slot:
-        slot = self._slot(padded(tensor.width) * 4, tensor.of_out_rows)
-        self._floats[tensor] = slot
-        return slot
-
-    def _byte_slot(self, tensor: Tensor) -> Slot:
-        slot = self._slot(padded(tensor.width) // 8 * 13, tensor.of_out_rows)
-        self._bytes[tensor] = slot
+    def _form_slot(self, tensor: Tensor, form: str = "f32") -> Slot:
+        stride = padded(tensor.width) // 32 * layout.ACTIVATION_NBYTES[form]
+        slot = self._forms[form][tensor] = self._slot(stride, tensor.of_out_rows)
         return slot
 
     def _used(self, *tensors: Tensor) -> None:
@@ -123,7 +115,7 @@ class Program:
         for tensor in tensors:
             self._uses[tensor] -= 1
             if self._uses[tensor] == 0:
-                for slots in (self._floats, self._bytes):
+                for slots in self._forms.values():
                     slot = slots.pop(tensor, None)
                     if slot is not None and slot not in self._floats.values():
                         self._free.append(slot)
@@ -145,13 +137,18 @@ class Program:
     def _format(self, weight: str) -> str:
         return self._builder.tensors[weight].type_name
 
-    def _wants_bytes(self, tensor: Tensor, nodes: Sequence[Node]) -> bool:
-        return any(
-            node.kind == "linear"
-            and node.inputs[0] is tensor
-            and self._format(node.weight) in INTEGER_FORMATS
+    def _activation(self, node: Node) -> str:
+        """The form in which a projection takes its input."""
+        return FORMATS[self._format(node.weight)].activation
+
+    def _write_forms(self, tensor: Tensor, nodes: Sequence[Node]) -> dict[str, Slot]:
+        """Slots of the integer forms that projections will want of a tensor just being made."""
+        wanted = {
+            self._activation(node)
             for node in nodes
-        )
+            if self._fuse and node.kind == "linear" and node.inputs[0] is tensor
+        }
+        return {form: self._form_slot(tensor, form) for form in sorted(wanted - {"f32"})}
 
     def _lower(self, nodes: list[Node]) -> None:
         """Turn the next node, and what is fused with it, into records."""
@@ -177,7 +174,7 @@ class Program:
         return None
 
     def _lower_embed(self, node: Node, nodes: Sequence[Node], add: None) -> None:
-        out = self._float_slot(node.output)
+        out = self._form_slot(node.output)
         self._record(
             Record(
                 f"matmul.embed[{self._format(node.weight)}]",
@@ -201,36 +198,34 @@ class Program:
             out = self._floats[result] = source  # heads are normalised in place
             assert self._uses[x] == 1, f"{x.name} is used after it was normalised in place"
         else:
-            out = self._float_slot(result)
-        q8 = None
-        if self._fuse and group == x.width and self._wants_bytes(result, nodes):
-            q8 = self._byte_slot(result)
+            out = self._form_slot(result)
+        forms = self._write_forms(result, nodes) if group == x.width else {}
         self._record(
             Record(
                 "norm.rms_norm",
                 {
                     "out": out, "out_stride": out.stride,
-                    "q8": q8 or 0, "q8_stride": q8.stride if q8 else 0,
+                    **_form_arguments(forms),
                     "x": source, "x_stride": source.stride, "add": residual or 0,
                     "n_groups": x.width // group, "width": group,
                     "weight": Weight(node.weight), "eps": self.config.norm_eps,
                 },
                 of_out_rows=x.of_out_rows,
             ),
-            (source,), (out, *([q8] if q8 else [])),
+            (source,), (out, *forms.values()),
         )  # fmt: skip
         self._used(x)
         if add is not None:
             self._used(*add.inputs)
 
-    def _byte_form(self, tensor: Tensor) -> Slot:
-        """The byte form of a tensor, made by a record of its own where nothing has written it."""
-        if tensor not in self._bytes:
+    def _form(self, tensor: Tensor, form: str) -> Slot:
+        """A tensor in some form, made by a record of its own where nothing has written it."""
+        if tensor not in self._forms[form]:
             source = self._floats[tensor]
-            out = self._byte_slot(tensor)
+            out = self._form_slot(tensor, form)
             self._record(
                 Record(
-                    "quantize.quantize",
+                    f"quantize.quantize[{form}]",
                     {
                         "out": out, "out_stride": out.stride, "x": source,
                         "x_stride": source.stride, "n_blocks": source.stride // 128,
@@ -239,18 +234,18 @@ class Program:
                 ),
                 (source,), (out,),
             )  # fmt: skip
-        return self._bytes[tensor]
+        return self._forms[form][tensor]
 
     def _lower_linear(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
         (x,) = node.inputs
         format_name = self._format(node.weight)
-        source = self._byte_form(x) if format_name in INTEGER_FORMATS else self._floats[x]
+        source = self._form(x, self._activation(node))
         if add is None:
-            out = self._float_slot(node.output)
+            out = self._form_slot(node.output)
         else:
             out = self._floats[add.output] = self._floats[add.inputs[0]]
         n_cols, n_rows = self._builder.tensors[node.weight].shape
-        n_strips = padded(n_rows) // layout.STRIP
+        n_strips = padded(n_rows) // STRIP
         per_part = -(-n_strips // 64)
         self._record(
             Record(
@@ -309,7 +304,7 @@ class Program:
 
     def _lower_attend(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         q, stored = node.inputs
-        out = self._float_slot(node.output)
+        out = self._form_slot(node.output)
         c = self.config
         self._record(
             Record(
@@ -330,26 +325,24 @@ class Program:
 
     def _lower_gated(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         gate, up = (self._floats[tensor] for tensor in node.inputs)
-        out = self._float_slot(node.output)
-        q8 = None
-        if self._fuse and self._wants_bytes(node.output, nodes):
-            q8 = self._byte_slot(node.output)
+        out = self._form_slot(node.output)
+        forms = self._write_forms(node.output, nodes)
         self._record(
             Record(
                 f"activation.gated[{node.settings['function']}]",
                 {
                     "out": out, "out_stride": out.stride,
-                    "q8": q8 or 0, "q8_stride": q8.stride if q8 else 0,
+                    **_form_arguments(forms),
                     "gate": gate, "up": up, "stride": gate.stride,
                 },
             ),
-            (gate, up), (out, *([q8] if q8 else [])),
+            (gate, up), (out, *forms.values()),
         )  # fmt: skip
         self._used(*node.inputs)
 
     def _lower_add(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         x, y = (self._floats[tensor] for tensor in node.inputs)
-        out = self._float_slot(node.output)
+        out = self._form_slot(node.output)
         arguments: dict[str, Argument] = {"out": out, "x": x, "y": y, "stride": out.stride}
         self._record(
             Record("activation.add", arguments, of_out_rows=node.output.of_out_rows),
@@ -362,7 +355,7 @@ class Program:
         self.head_first = len(self.records)
         # The head runs again for every block of wanted rows: it must leave the body's slots alone.
         self._free = [slot for slot in self._free if slot.of_out_rows]
-        out = self._float_slot(node.output)
+        out = self._form_slot(node.output)
         self._record(
             Record(
                 "activation.take",
@@ -386,8 +379,11 @@ class Program:
     # --- what the runtime asks --------------------------------------------------------------------
     @property
     def operations(self) -> list[str]:
-        """Names of the operations to build and load."""
-        return list(dict.fromkeys(record.operation for record in self.records))
+        """Names of the operations to build and load, those that pack its weights among them."""
+        names = [record.operation for record in self.records]
+        matrices = [name for name in self.weights if len(self._builder.tensors[name].shape) == 2]
+        names += [f"repack.repack[{self._format(name)}]" for name in matrices]
+        return list(dict.fromkeys(names))
 
     @property
     def weights(self) -> list[str]:
@@ -396,13 +392,23 @@ class Program:
         return list(dict.fromkeys(a.name for a in arguments if isinstance(a, Weight)))
 
     @property
+    def gathered(self) -> set[str]:
+        """Tensors of which a step needs only the rows of its tokens."""
+        used: dict[bool, set[str]] = {True: set(), False: set()}
+        for record in self.records:
+            for argument in record.arguments.values():
+                if isinstance(argument, Weight):
+                    used[record.operation.startswith("matmul.embed")].add(argument.name)
+        return used[True] - used[False]
+
+    @property
     def scratch_nbytes(self) -> int:
         """Bytes that the largest operation needs per thread."""
         most = 4096
         for record in self.records:
             a = record.arguments
             if record.operation.startswith("matmul.project"):
-                most = max(most, int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
+                most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
             if record.operation.startswith("attention.attend"):
                 most = max(most, 1024 + 48 * padded(int(a["head_size"])))  # type: ignore[arg-type]
         return most
@@ -442,22 +448,25 @@ class Program:
         table = np.zeros((len(self.records), layout.RECORD_NBYTES // 8), np.int64)
         for row, record in zip(table, self.records, strict=True):
             operation = pack[record.operation]
-            assert set(record.arguments) == set(operation.arguments), record.operation
             row[layout.RECORD_FUNCTION // 8] = operation.address
             row[layout.RECORD_PARTS // 8] = record.parts
             row[layout.RECORD_TOKENS // 8] = record.tokens
             count = layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS
             row[layout.RECORD_COUNT // 8] = count
             row[layout.RECORD_WAIT // 8] = record.wait
-            for i, name in enumerate(operation.arguments, layout.RECORD_ARGUMENTS // 8):
-                argument = value(record.arguments[name])
-                if name in operation.floats:
-                    row[i : i + 1].view(np.float32)[0] = argument
-                else:
-                    row[i] = argument
+            fill_arguments(row, operation, {k: value(a) for k, a in record.arguments.items()})
         logits = address[self.logits] - arena.ctypes.data
         rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)
         return BoundProgram(self, table, arena, rows.reshape(n_out, -1))
+
+
+def _form_arguments(forms: dict[str, Slot]) -> dict[str, Argument]:
+    arguments: dict[str, Argument] = {}
+    for form in ("i8", "i16"):
+        slot = forms.get(form)
+        arguments[form] = slot or 0
+        arguments[f"{form}_stride"] = slot.stride if slot else 0
+    return arguments
 
 
 @dataclass(slots=True)
