@@ -141,10 +141,8 @@ def make_model(
     leaves tensors out, and `shapes` gives some another (rows, cols).  `sizes` are the fields of
     `Shape`.
     """
-    is_gemma = arch == "gemma3"
-    shape = Shape(
-        arch, window=window or 512 * is_gemma, tied=tied, freq_base=1e6 if is_gemma else 1e4, **sizes
-    )
+    freq_base, default_window = (1e6, 512) if arch == "gemma3" else (1e4, 0)
+    shape = Shape(arch, window=window or default_window, tied=tied, freq_base=freq_base, **sizes)
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     metadata: dict[str, Any] = {"general.name": path.stem, **shape.metadata()}

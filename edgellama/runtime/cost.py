@@ -115,9 +115,7 @@ class CostModel:
         n_pages = -(-(first + n_tokens) // PAGE) - oldest // PAGE
         page_nbytes = 2 * PAGE * padded(c.head_size) * self._element_nbytes
         visible = int(np.minimum(seen, window).sum() if window else seen.sum())
-        return Cost(
-            n_pages * page_nbytes * c.n_kv_heads, 2 * c.n_heads * c.head_size * visible, 0
-        )
+        return Cost(n_pages * page_nbytes * c.n_kv_heads, 2 * c.n_heads * c.head_size * visible, 0)
 
 
 def _window(record: Record) -> int:
