@@ -5,6 +5,7 @@ Every fact has a fallback, so that an odd system is served with fewer facts rath
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -108,3 +109,47 @@ def cgroup_memory_nbytes() -> int | None:
             continue
         return limit if limit < 1 << 60 else None
     return None
+
+
+def peak_memory_nbytes() -> int | None:
+    """The most memory that this process had resident so far, or since `reset_peak_memory`."""
+    try:
+        rows = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        return int(rows["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    if sys.platform == "win32":
+        return _windows_peak_nbytes()
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    except ImportError:
+        return None
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _windows_peak_nbytes() -> int | None:
+    class Counters(ctypes.Structure):
+        _fields_ = (  # PROCESS_MEMORY_COUNTERS
+            ("length", ctypes.c_uint32),
+            ("page_faults", ctypes.c_uint32),
+            ("peak", ctypes.c_size_t),
+            ("others", ctypes.c_size_t * 7),
+        )
+
+    counters = Counters(length=ctypes.sizeof(Counters))
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined, unused-ignore]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    function = kernel.K32GetProcessMemoryInfo
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
+    if not function(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.length):
+        return None
+    return counters.peak

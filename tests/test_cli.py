@@ -152,7 +152,7 @@ def test_exit_without_close(smollm2):
 # --- the frame ------------------------------------------------------------------------------------
 def test_help_lists_every_command_and_its_own_help_agrees():
     top = run("--help").stdout
-    for name in ("run", "pull", "list", "rm", "info", "verify", "doctor", "warmup"):
+    for name in ("run", "pull", "list", "rm", "info", "verify", "bench", "doctor", "warmup"):
         assert f"  {name} " in top
         done = run(name, "--help")
         assert done.returncode == 0

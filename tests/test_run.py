@@ -111,7 +111,8 @@ def test_doctor(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path))
     result = CliRunner().invoke(doctor.doctor, [])
     assert result.exit_code == 0
-    for row in ("edgellama", "libraries", "tier", "threads", "memory", "home", "models"):
+    rows = "edgellama libraries tier threads memory home models reads multiplies"
+    for row in rows.split():
         assert any(line.startswith(row) for line in result.stdout.splitlines()), row
 
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "rm": ("rm.command", "Delete a model from the cache."),
     "info": ("inspect.info", "Show what is in a model file."),
     "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
+    "bench": ("bench.command", "Measure how fast a model runs, and how near the ceiling."),
     "doctor": ("doctor.doctor", "Show what edgellama sees of this machine."),
     "warmup": ("doctor.warmup", "Build the kernels that a model needs."),
 }

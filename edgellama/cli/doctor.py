@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import click
 
 from edgellama import __version__, catalog, cpu
-from edgellama.errors import UsageError
+from edgellama.errors import EdgeLlamaError, UsageError
 
 
 @click.command("doctor")
-def doctor() -> None:
-    """Show what edgellama sees of this machine."""
+@click.argument("model", required=False)
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+def doctor(model: str | None, offline: bool) -> None:
+    """Show what edgellama sees of this machine, and what that allows for MODEL.
+
+    Reading and multiplying are measured; a MODEL cannot run faster than they let it.
+    """
     from edgellama.kernels import targets
 
     try:
@@ -23,6 +29,8 @@ def doctor() -> None:
         raise UsageError(str(error)) from error
     total, available = cpu.memory_nbytes()
     limit, quota = cpu.cgroup_memory_nbytes(), cpu.cgroup_quota()
+    path = None if model is None else catalog.resolve(model, offline=offline)
+    measured = _measured(path)
     packs = catalog.home() / "packs" / target.name
     rows = {
         "edgellama": f"{__version__}, Python {platform.python_version()}",
@@ -40,9 +48,44 @@ def doctor() -> None:
         "home": str(catalog.home()),
         "kernel packs": f"{len(list(packs.glob('*.bin')))} objects",
         "models": ", ".join(name for name, _, _ in catalog.installed()) or "none fetched",
+        **measured,
     }
     for name, text in rows.items():
         click.echo(f"{name:14}{text}")
+
+
+def _measured(path: Path | None) -> dict[str, str]:
+    """Rows of what the machine reaches, and of the bounds that follow for a model."""
+    from edgellama.runtime.ceiling import measure
+
+    try:
+        ceilings = measure(cpu.n_usable_cores())
+    except EdgeLlamaError as error:  # the other rows may say why
+        if path is not None:
+            raise
+        return {"reads": f"not measured: {error}"}
+    rows = {
+        "reads": f"{ceilings.read / 1e9:.1f} GB/s on {ceilings.n_threads} threads",
+        "multiplies": f"{ceilings.f32 / 1e9:.0f} GMAC/s of f32, "
+        f"{ceilings.q8 / 1e9:.0f} GMAC/s of u8 x i8",
+    }
+    if path is None:
+        return rows
+    from edgellama.gguf import open_gguf
+    from edgellama.models.config import read_config
+    from edgellama.runtime.cost import CostModel
+
+    with open_gguf(path) as gguf:
+        costs = CostModel(gguf, read_config(gguf), "f16")
+    decode, prefill = costs.step(0, 1), costs.step(0, _N_PROMPT)
+    return rows | {
+        "model": str(path),
+        "decode": f"at most {ceilings.read / decode.nbytes:.0f} tokens/s: a step reads "
+        f"{decode.nbytes / 1e6:.1f} MB",
+        "prefill": f"at most {_N_PROMPT / ceilings.shortest_s(prefill):.0f} tokens/s: a token of "
+        f"{_N_PROMPT} takes {prefill.q8_macs / _N_PROMPT / 1e6:.1f} M multiply-adds as bytes and "
+        f"{prefill.f32_macs / _N_PROMPT / 1e6:.1f} M as floats",
+    }
 
 
 def _version(library: str) -> str:
@@ -56,6 +99,7 @@ def _gigabytes(nbytes: int | None) -> str:
     return "unknown" if nbytes is None else f"{nbytes / 1e9:.1f} GB"
 
 
+_N_PROMPT = 512
 _LIBRARIES = (
     "click", "jinja2", "llvmlite", "numba", "numpy", "rich", "sentencepiece", "tokenizers",
 )  # fmt: skip

@@ -314,6 +314,25 @@ class Engine:
             self._team.close()
             del self._bound, self._weights, self._cache
 
+    def profile_step(self, sequence: Sequence, ids: SequenceOf[int]) -> list[float]:
+        """Append tokens to a sequence one operation at a time; seconds of each record of the table.
+
+        Raises: UsageError when the tokens do not fit one step.
+        """
+        if len(ids) > self.n_batch:
+            raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
+        with self._lock:
+            self._check(sequence, ids)
+            (self._out_rows[0],) = self._stage([(sequence, ids)], [True])
+            self._step[layout.STEP_N_OUT // 8] = 1
+            times = []
+            for i in range(self._n_records):
+                start = time.perf_counter()
+                self._team.run(self._step, i, i + 1)
+                times.append(time.perf_counter() - start)
+            self._cache.commit(sequence, ids)
+            return times
+
 
 # --- kernels --------------------------------------------------------------------------------------
 def load_pack(names: SequenceOf[str], target: targets.Target) -> Pack:

@@ -1,0 +1,96 @@
+"""What this machine can do at most, measured: reading memory and multiplying, on all threads at once.
+
+The loops are `kernels/ceiling.py`; what a step of a model needs of them is counted in `cost.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgellama.errors import OutOfMemoryError
+from edgellama.kernels import layout, targets, team
+
+from .cost import Cost
+from .engine import load_pack
+
+_BUFFER_NBYTES = 256 << 20  # beyond every cache
+_BUDGET_S = 0.25  # of each measurement
+_OPERATIONS = ("ceiling.read_memory", "ceiling.multiply_f32", "ceiling.multiply_q8")
+_PART_MACS = 1 << 24  # about 0.3 ms, so that threads end together
+_F32_MACS, _Q8_MACS = 32 * 12 * 8, 8 * 64 * 32  # of a round, which is written out in the kernels
+_OPERANDS_NBYTES = 8192  # stay in the first-level cache
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """The most that `n_threads` threads reach: bytes and multiply-adds per second."""
+
+    n_threads: int
+    read: float
+    f32: float
+    q8: float
+
+    def shortest_s(self, cost: Cost) -> float:
+        """Seconds that a step takes at least: memory and multipliers work side by side."""
+        return max(cost.nbytes / self.read, cost.f32_macs / self.f32 + cost.q8_macs / self.q8)
+
+
+def measure(n_threads: int) -> Ceilings:
+    """Measure for most of a second; every rate is that of the best run.
+
+    Raises: KernelError, OutOfMemoryError.
+    """
+    pack = load_pack([*_OPERATIONS, *team.NAMES], targets.detect())
+    try:
+        data = np.ones(_BUFFER_NBYTES, np.uint8)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"{_BUFFER_NBYTES >> 20} MB to measure memory with could not be had"
+        ) from error
+    operands = np.ones(_OPERANDS_NBYTES + 64, np.uint8)
+    operands_at = -(-operands.ctypes.data // 64) * 64
+    n_parts = 16 * n_threads
+    part_nbytes = _BUFFER_NBYTES // n_parts // 256 * 256
+    sums = np.zeros(n_parts, np.int64)
+    f32_rounds, q8_rounds = _PART_MACS // _F32_MACS, _PART_MACS // _Q8_MACS
+    arguments = (
+        {"data": data.ctypes.data, "nbytes": part_nbytes},
+        {"operands": operands_at, "n_rounds": f32_rounds},
+        {"operands": operands_at, "n_rounds": q8_rounds},
+    )
+    work = (part_nbytes, f32_rounds * _F32_MACS, q8_rounds * _Q8_MACS)
+
+    table = np.zeros((len(_OPERATIONS), layout.RECORD_NBYTES // 8), np.int64)
+    for row, name, given in zip(table, _OPERATIONS, arguments, strict=True):
+        operation = pack[name]
+        row[layout.RECORD_FUNCTION // 8] = operation.address
+        row[layout.RECORD_PARTS // 8] = n_parts
+        row[layout.RECORD_TOKENS // 8] = 1
+        row[layout.RECORD_COUNT // 8] = layout.STEP_N_TOKENS
+        values = given | {"sums": sums.ctypes.data}
+        first = layout.RECORD_ARGUMENTS // 8
+        row[first : first + len(values)] = [values[argument] for argument in operation.arguments]
+    step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
+    step[layout.STEP_N_TOKENS // 8] = 1
+
+    threads = team.Team(pack, n_threads, 4096)
+    try:
+        threads.use(table)
+        rates = [n_parts * work[i] / _best_s(threads, step, i) for i in range(len(work))]
+    finally:
+        threads.close()
+    return Ceilings(n_threads, *rates)
+
+
+def _best_s(threads: team.Team, step: np.ndarray, record: int) -> float:
+    """Seconds of the best of several runs; the first ones also wake the processor."""
+    times: list[float] = []
+    end = time.perf_counter() + _BUDGET_S
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        threads.run(step, record, record + 1)
+        times.append(time.perf_counter() - start)
+    return min(times)
