@@ -201,9 +201,9 @@ class _Session:
             "samples_ns": total_ns,
             "samples_ts": [round(rate, 6) for rate in rates],
             "read_nbytes": prompt.nbytes + generated.nbytes,
-            "macs": prompt.macs + generated.macs,
+            "macs": prompt.n_macs + generated.n_macs,
             "read_gb_s": read,
-            "gmac_s": prompt.macs / prompt_s / 1e9 if test.n_prompt else None,
+            "gmac_s": prompt.n_macs / prompt_s / 1e9 if test.n_prompt else None,
             "ceiling_share": sum(self.ceilings.shortest_s(step) for step in steps) / total_s,
             "load_s": self.load_s,
             "first_token_s": self._first_token_s(test, prompt_s),
@@ -236,8 +236,7 @@ class _Session:
         return {
             "cpu_tier": targets.detect().name,
             "ceiling_read_gb_s": self.ceilings.read / 1e9,
-            "ceiling_f32_gmac_s": self.ceilings.f32 / 1e9,
-            "ceiling_q8_gmac_s": self.ceilings.q8 / 1e9,
+            **{f"ceiling_{f}_gmac_s": n / 1e9 for f, n in self.ceilings.macs.items()},
         }
 
     def profile_row(self, name: str, operation: str, seconds: list[float], cost: Cost) -> Row:
@@ -248,9 +247,9 @@ class _Session:
             "operation": operation,
             "count": len(seconds),
             "total_us": spent * 1e6,
-            "gmac_s": cost.macs / spent / 1e9 if cost.macs else None,
-            "read_gb_s": cost.nbytes / spent / 1e9 if cost.macs else None,
-            "ceiling_share": self.ceilings.shortest_s(cost) / spent if cost.macs else None,
+            "gmac_s": cost.n_macs / spent / 1e9 if cost.n_macs else None,
+            "read_gb_s": cost.nbytes / spent / 1e9 if cost.n_macs else None,
+            "ceiling_share": self.ceilings.shortest_s(cost) / spent if cost.n_macs else None,
             **self._tail(),
         }
 

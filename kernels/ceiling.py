@@ -73,6 +73,41 @@ def multiply_f32(step, part, first, count, scratch, operands, n_rounds, sums):
     store_f32(sums + part * 8, sum_lanes(total))
 
 
+def multiply_i16(step, part, first, count, scratch, operands, n_rounds, sums):
+    """The same in words: 32 * 12 * 16 products a round."""
+    a0 = splat_i32(0)
+    a1 = splat_i32(1)
+    b0 = splat_i32(2)
+    b1 = splat_i32(3)
+    c0 = splat_i32(4)
+    c1 = splat_i32(5)
+    d0 = splat_i32(6)
+    d1 = splat_i32(7)
+    e0 = splat_i32(8)
+    e1 = splat_i32(9)
+    f0 = splat_i32(10)
+    f1 = splat_i32(11)
+    for _ in range(n_rounds):
+        for k in range(0, 2048, 64):
+            u = load_words16(operands + k)
+            v = load_words16(operands + k + 32)
+            y = broadcast_pair(operands + 4096 + k)
+            a0 = words_add(a0, u, y)
+            a1 = words_add(a1, v, y)
+            b0 = words_add(b0, u, y)
+            b1 = words_add(b1, v, y)
+            c0 = words_add(c0, u, y)
+            c1 = words_add(c1, v, y)
+            d0 = words_add(d0, u, y)
+            d1 = words_add(d1, v, y)
+            e0 = words_add(e0, u, y)
+            e1 = words_add(e1, v, y)
+            f0 = words_add(f0, u, y)
+            f1 = words_add(f1, v, y)
+    total = ((a0 + a1) + (b0 + b1)) + ((c0 + c1) + (d0 + d1)) + ((e0 + e1) + (f0 + f1))
+    store_i64(sums + part * 8, sum_lanes_i32(total))
+
+
 @inline
 def _products(s, w, y):
     """64 codes times 4 tokens: 6 loads for 8 products, fewer than the multipliers could use up."""
@@ -93,7 +128,7 @@ def _products(s, w, y):
     return s0, s1, s2, s3, s4, s5, s6, s7
 
 
-def multiply_q8(step, part, first, count, scratch, operands, n_rounds, sums):
+def multiply_i8(step, part, first, count, scratch, operands, n_rounds, sums):
     """Codes up to 15 times bytes, eight to a sum, which is the least that a tier spends on sums.
 
     8 * 64 * 32 products a round.

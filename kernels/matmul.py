@@ -20,7 +20,6 @@ from . import project_f32, project_i8, project_i16
 from .blocks import FORMATS, STRIP
 from .layout import STEP_IDS
 from .simd import *
-from .simd import inline
 
 _FORMS = {"i8": project_i8, "i16": project_i16, "f32": project_f32}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import FORMATS
-from .epilogue import finish, finish2
+from .epilogue import finish2
 from .formats import LOADS
 from .layout import I16_NBYTES
 from .simd import *

@@ -135,7 +135,7 @@ def strip_functions(format_name):
         a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = zero_f32x8()
         y3 = y + 3 * y_stride
         y6 = y3 + 3 * y_stride
-        for k in range(n_blocks):
+        for _ in range(n_blocks):
             for half in range(2):
                 at = panel + half * 160
                 p = load_bytes32(at)
@@ -204,7 +204,7 @@ def strip_functions(format_name):
     @inline
     def tail(out, y, panel, n_blocks, residual, bias, row):
         acc = zero_f32x8()
-        for k in range(n_blocks):
+        for _ in range(n_blocks):
             for half in range(2):
                 at = panel + half * 160
                 s = dot(

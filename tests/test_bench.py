@@ -17,7 +17,6 @@ from edgellama.errors import UsageError
 from edgellama.gguf import open_gguf, synthetic
 from edgellama.gguf.synthetic import SHAPES, Shape
 from edgellama.kernels.blocks import FORMATS
-from edgellama.kernels.repack import packed_nbytes
 from edgellama.models.config import read_config
 from edgellama.runtime.ceiling import Ceilings, measure
 from edgellama.runtime.cost import Cost, CostModel
@@ -36,7 +35,9 @@ LLAMA_BENCH_KEYS = {
 def edgellama(monkeypatch, capsys):
     """Run the command in this process, with known ceilings: (status, stdout, stderr)."""
     monkeypatch.setitem(synthetic.SHAPES, "tiny", Shape())
-    monkeypatch.setattr(bench, "measure", lambda n: Ceilings(n, 10e9, 20e9, 40e9))
+    monkeypatch.setattr(
+        bench, "measure", lambda n: Ceilings(n, 10e9, {"f32": 20e9, "i16": 20e9, "i8": 40e9})
+    )
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["edgellama", *map(str, arguments)])
@@ -194,9 +195,10 @@ def test_plot(edgellama, tmp_path):
 # --- what is behind the figures -------------------------------------------------------------------
 def test_ceilings_are_measured():
     ceilings = measure(1)
-    for rate in (ceilings.read, ceilings.f32, ceilings.q8):
+    for rate in (ceilings.read, *ceilings.macs.values()):
         assert 1e7 < rate < 1e14
-    assert ceilings.shortest_s(Cost(ceilings.read, 0, ceilings.q8 * 2)) == pytest.approx(2.0)
+    twice = Cost(ceilings.read, {"f32": 0, "i16": ceilings.macs["i16"], "i8": ceilings.macs["i8"]})
+    assert ceilings.shortest_s(twice) == pytest.approx(2.0)
 
 
 def costs_of(path: Path, kv_type: str = "f16") -> CostModel:
@@ -209,19 +211,19 @@ def test_cost_of_a_step(tmp_path):
     kv, q, d, f, v = 128, 256, 256, 512, 328
     in_layer = 2 * q * d + 2 * kv * d + 3 * f * d
     vectors = 4 * (5 * d)
-    matrices = 2 * (in_layer // 256 * 160) + packed_nbytes("q8_0", v, d)
-    embedded_row = packed_nbytes("q8_0", 32, d) // 4
+    matrices = 2 * (in_layer // 256 * 160) + FORMATS["q8_0"].packed_nbytes(v, d)
+    embedded_row = FORMATS["q8_0"].group_nbytes(d)
     page = 2 * 32 * 64 * 2 * 2  # keys and values of 32 positions, 2 heads of 64 f16
     step = costs.step(0, 1)
     assert step.nbytes == matrices + vectors + embedded_row + 2 * page
-    assert step.q8_macs == 2 * in_layer
-    assert step.f32_macs == d * v + 2 * (2 * q * 1)
+    assert step.macs == {"i8": 2 * in_layer, "i16": d * v, "f32": 2 * (2 * q * 1)}
     assert costs.step(31, 1).nbytes == step.nbytes
     assert costs.step(32, 1).nbytes == step.nbytes + 2 * page
     prompt = costs.steps(0, 100, 0, 64)
-    assert [s.q8_macs for s in prompt] == [2 * in_layer * 64, 2 * in_layer * 36]
+    assert [s.macs["i8"] for s in prompt] == [2 * in_layer * 64, 2 * in_layer * 36]
     seen = 100 * 101 // 2
-    assert sum(s.f32_macs for s in prompt) == d * v + 2 * (2 * q * seen)
+    assert sum(s.macs["i16"] for s in prompt) == d * v
+    assert sum(s.macs["f32"] for s in prompt) == 2 * (2 * q * seen)
 
 
 def test_cost_within_a_window(tmp_path):

@@ -81,6 +81,7 @@ def command(
       edgellama bench --shape llama-3.2-1b --type q4_k -o json
     """
     from edgellama import bench, cpu, report
+    from edgellama.runtime.cost import FORMS
 
     if output not in report.FORMATS:
         raise UsageError(f"-o {output!r} is no format; formats: {', '.join(report.FORMATS)}")
@@ -115,10 +116,10 @@ def command(
     for line in report.lines(_kept(rows, measured), output, columns):
         click.echo(line)
     for row in {row["n_threads"]: row for row in measured}.values():
+        macs = (f"{form} {row[f'ceiling_{form}_gmac_s']:.1f} GMAC/s" for form in FORMS)
         click.echo(
             f"ceilings, threads {row['n_threads']}: read {row['ceiling_read_gb_s']:.1f} GB/s, "
-            f"f32 {row['ceiling_f32_gmac_s']:.1f} GMAC/s, "
-            f"u8 x i8 {row['ceiling_q8_gmac_s']:.1f} GMAC/s",
+            + ", ".join(macs),
             err=True,
         )
     if picture is not None:

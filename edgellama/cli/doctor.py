@@ -66,8 +66,7 @@ def _measured(path: Path | None) -> dict[str, str]:
         return {"reads": f"not measured: {error}"}
     rows = {
         "reads": f"{ceilings.read / 1e9:.1f} GB/s on {ceilings.n_threads} threads",
-        "multiplies": f"{ceilings.f32 / 1e9:.0f} GMAC/s of f32, "
-        f"{ceilings.q8 / 1e9:.0f} GMAC/s of u8 x i8",
+        "multiplies": ", ".join(f"{n / 1e9:.0f} GMAC/s of {f}" for f, n in ceilings.macs.items()),
     }
     if path is None:
         return rows
@@ -83,8 +82,8 @@ def _measured(path: Path | None) -> dict[str, str]:
         "decode": f"at most {ceilings.read / decode.nbytes:.0f} tokens/s: a step reads "
         f"{decode.nbytes / 1e6:.1f} MB",
         "prefill": f"at most {_N_PROMPT / ceilings.shortest_s(prefill):.0f} tokens/s: a token of "
-        f"{_N_PROMPT} takes {prefill.q8_macs / _N_PROMPT / 1e6:.1f} M multiply-adds as bytes and "
-        f"{prefill.f32_macs / _N_PROMPT / 1e6:.1f} M as floats",
+        f"{_N_PROMPT} takes "
+        + ", ".join(f"{n / _N_PROMPT / 1e6:.1f} M of {f}" for f, n in prefill.macs.items() if n),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from edgellama.errors import UsageError
 from edgellama.kernels.blocks import FORMATS
 
-from .reader import GGUFFile, TensorInfo
+from .reader import GGUFFile, TensorBytes, TensorInfo
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -224,8 +224,22 @@ class SyntheticFile(GGUFFile):
         pool = random_blocks(info.type_name, min(n_rows, _POOL_ROWS), n_cols, rng, gain)
         return np.resize(pool, info.nbytes)
 
-    def release(self, name: str) -> None:
-        """Nothing is kept that could be dropped."""
+    def bytes_of(self, name: str) -> TensorBytes:
+        """Make the bytes of a tensor, and return their reader."""
+        return _MadeBytes(self.data(name))
+
+
+class _MadeBytes(TensorBytes):
+    """Bytes in memory with the face of a tensor in a file."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data = data
+
+    def __del__(self) -> None:
+        pass
+
+    def read_into(self, out: np.ndarray, at: int) -> None:
+        out.reshape(-1)[:] = self._data[at : at + out.size]
 
 
 def synthetic(shape_name: str, format_name: str) -> SyntheticFile:

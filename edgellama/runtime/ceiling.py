@@ -13,14 +13,14 @@ import numpy as np
 from edgellama.errors import OutOfMemoryError
 from edgellama.kernels import layout, targets, team
 
-from .cost import Cost
+from .cost import FORMS, Cost
 from .engine import load_pack
 
 _BUFFER_NBYTES = 256 << 20  # beyond every cache
 _BUDGET_S = 0.25  # of each measurement
-_OPERATIONS = ("ceiling.read_memory", "ceiling.multiply_f32", "ceiling.multiply_q8")
+_OPERATIONS = ("ceiling.read_memory", *(f"ceiling.multiply_{form}" for form in FORMS))
 _PART_MACS = 1 << 24  # about 0.3 ms, so that threads end together
-_F32_MACS, _Q8_MACS = 32 * 12 * 8, 8 * 64 * 32  # of a round, which is written out in the kernels
+_ROUND_MACS = {"f32": 32 * 12 * 8, "i16": 32 * 12 * 16, "i8": 8 * 64 * 32}  # written out there
 _OPERANDS_NBYTES = 8192  # stay in the first-level cache
 
 
@@ -30,12 +30,11 @@ class Ceilings:
 
     n_threads: int
     read: float
-    f32: float
-    q8: float
+    macs: dict[str, float]  # by the form of activations
 
     def shortest_s(self, cost: Cost) -> float:
         """Seconds that a step takes at least: memory and multipliers work side by side."""
-        return max(cost.nbytes / self.read, cost.f32_macs / self.f32 + cost.q8_macs / self.q8)
+        return max(cost.nbytes / self.read, sum(cost.macs[f] / self.macs[f] for f in FORMS))
 
 
 def measure(n_threads: int) -> Ceilings:
@@ -55,13 +54,12 @@ def measure(n_threads: int) -> Ceilings:
     n_parts = 16 * n_threads
     part_nbytes = _BUFFER_NBYTES // n_parts // 256 * 256
     sums = np.zeros(n_parts, np.int64)
-    f32_rounds, q8_rounds = _PART_MACS // _F32_MACS, _PART_MACS // _Q8_MACS
-    arguments = (
+    rounds = [_PART_MACS // _ROUND_MACS[form] for form in FORMS]
+    arguments = [
         {"data": data.ctypes.data, "nbytes": part_nbytes},
-        {"operands": operands_at, "n_rounds": f32_rounds},
-        {"operands": operands_at, "n_rounds": q8_rounds},
-    )
-    work = (part_nbytes, f32_rounds * _F32_MACS, q8_rounds * _Q8_MACS)
+        *({"operands": operands_at, "n_rounds": n} for n in rounds),
+    ]
+    work = [part_nbytes, *(n * _ROUND_MACS[f] for f, n in zip(FORMS, rounds, strict=True))]
 
     table = np.zeros((len(_OPERATIONS), layout.RECORD_NBYTES // 8), np.int64)
     for row, name, given in zip(table, _OPERATIONS, arguments, strict=True):
@@ -70,19 +68,17 @@ def measure(n_threads: int) -> Ceilings:
         row[layout.RECORD_PARTS // 8] = n_parts
         row[layout.RECORD_TOKENS // 8] = 1
         row[layout.RECORD_COUNT // 8] = layout.STEP_N_TOKENS
-        values = given | {"sums": sums.ctypes.data}
-        first = layout.RECORD_ARGUMENTS // 8
-        row[first : first + len(values)] = [values[argument] for argument in operation.arguments]
+        team.fill_arguments(row, operation, given | {"sums": sums.ctypes.data})
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
     step[layout.STEP_N_TOKENS // 8] = 1
 
     threads = team.Team(pack, n_threads, 4096)
     try:
         threads.use(table)
-        rates = [n_parts * work[i] / _best_s(threads, step, i) for i in range(len(work))]
+        read, *macs = [n_parts * work[i] / _best_s(threads, step, i) for i in range(len(work))]
     finally:
         threads.close()
-    return Ceilings(n_threads, *rates)
+    return Ceilings(n_threads, read, dict(zip(FORMS, macs, strict=True)))
 
 
 def _best_s(threads: team.Team, step: np.ndarray, record: int) -> float:

@@ -7,45 +7,44 @@ Multiply-adds are those the model asks for, not those a kernel spends on padding
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 
 from edgellama.gguf import GGUFFile
-from edgellama.kernels.repack import packed_nbytes, padded
+from edgellama.kernels.blocks import FORMATS, padded
 from edgellama.models import FAMILIES, Builder
 from edgellama.models.config import ModelConfig
 
 from .kvcache import PAGE
-from .program import INTEGER_FORMATS, Program, Record, Weight
+from .program import Program, Record, Weight
 
 _ELEMENT_NBYTES = {"f16": 2, "f32": 4}
 
 
+FORMS = ("f32", "i16", "i8")
+"""Forms of activations, from slow to fast."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes read, and multiply-adds with activations as floats or as bytes."""
+    """Bytes read, and multiply-adds by the form of their activations."""
 
     nbytes: float = 0
-    f32_macs: float = 0
-    q8_macs: float = 0
+    macs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FORMS, 0.0))
 
     @property
-    def macs(self) -> float:
-        """Multiply-adds of both forms."""
-        return self.f32_macs + self.q8_macs
+    def n_macs(self) -> float:
+        """Multiply-adds of all forms."""
+        return sum(self.macs.values())
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.nbytes + other.nbytes,
-            self.f32_macs + other.f32_macs,
-            self.q8_macs + other.q8_macs,
-        )
+        return Cost(self.nbytes + other.nbytes, {f: self.macs[f] + other.macs[f] for f in FORMS})
 
     def times(self, n: int) -> Cost:
         """The cost of doing it `n` times."""
-        return Cost(self.nbytes * n, self.f32_macs * n, self.q8_macs * n)
+        return Cost(self.nbytes * n, {f: self.macs[f] * n for f in FORMS})
 
 
 class CostModel:
@@ -68,7 +67,7 @@ class CostModel:
         n = n_out if record.of_out_rows else n_tokens
         nbytes = 0
         macs = record.n_macs * n
-        is_bytes = False
+        form = "f32"
         for argument in record.arguments.values():
             if not isinstance(argument, Weight):
                 continue
@@ -77,12 +76,13 @@ class CostModel:
                 nbytes += 4 * padded(info.shape[0])
                 continue
             n_cols, n_rows = info.shape
-            is_bytes = info.type_name in INTEGER_FORMATS
+            format_ = FORMATS[info.type_name]
+            form = format_.activation
             if record.operation.startswith("matmul.embed"):  # a row lies among seven others
-                nbytes += n * packed_nbytes(info.type_name, 32, n_cols) // 4
+                nbytes += n * format_.group_nbytes(n_cols)
             else:
-                nbytes += packed_nbytes(info.type_name, n_rows, n_cols)
-        return Cost(nbytes, 0, macs) if is_bytes else Cost(nbytes, macs, 0)
+                nbytes += format_.packed_nbytes(n_rows, n_cols)
+        return Cost(nbytes, Cost().macs | {form: macs})
 
     def step(self, first: int, n_tokens: int, n_out: int = 1) -> Cost:
         """The cost of a step of positions [first, first + n_tokens)."""
@@ -115,7 +115,8 @@ class CostModel:
         n_pages = -(-(first + n_tokens) // PAGE) - oldest // PAGE
         page_nbytes = 2 * PAGE * padded(c.head_size) * self._element_nbytes
         visible = int(np.minimum(seen, window).sum() if window else seen.sum())
-        return Cost(n_pages * page_nbytes * c.n_kv_heads, 2 * c.n_heads * c.head_size * visible, 0)
+        macs = 2 * c.n_heads * c.head_size * visible
+        return Cost(n_pages * page_nbytes * c.n_kv_heads, Cost().macs | {"f32": macs})
 
 
 def _window(record: Record) -> int:
