@@ -225,28 +225,43 @@ pack_bf16 = pack_f16
 def repack(format_name):
     """Return `repack[format]`: write packed groups of 8 rows, the last one padded with zeros.
 
-    Shapes: raw u8 (n_rows, row bytes) as in the file, out u8 (ceil(n_rows / 8), group_nbytes).
+    A part is `per_part` groups. Rows u8 (n_rows, row bytes) lie at `raw`; or, with a `file`, at that
+    offset of it, and `read` is the address of the system's pread. What cannot be read is counted at
+    `failures`.  Shapes: out u8 (ceil(n_rows / 8), group_nbytes).
     """
     pack = globals()[f"pack_{format_name}"]
     format_ = FORMATS[format_name]
     block_nbytes = format_.nbytes
     packed_nbytes = format_.packed if format_.n_weights > 1 else 8 * format_.nbytes
 
-    def operation(step, part, first, count, scratch, out, group_nbytes, raw, n_rows, n_blocks):
+    def operation(
+        step, part, first, count, scratch,
+        out, group_nbytes, raw, n_rows, n_blocks, per_part, file, read, failures,
+    ):  # fmt: skip
         row_nbytes = n_blocks * block_nbytes
         for i in range(0, _BLOCK_NBYTES, 8):
             store_i64(scratch + i, 0)
-        for group in range(first, first + count):
-            to = out + group * group_nbytes
-            source = raw + group * 8 * row_nbytes
-            n = min(8, n_rows - group * 8)
+        first_row = part * per_part * 8
+        n_here = min(per_part * 8, n_rows - first_row)
+        source = raw + first_row * row_nbytes
+        if read != 0:
+            nbytes = n_here * row_nbytes
+            done = 0
+            while done < nbytes:
+                to = scratch + _BLOCK_NBYTES + done
+                n = call_pread(read, file, to, nbytes - done, source + done)
+                if n <= 0:
+                    atomic_add(failures, 1)
+                    return
+                done += n
+            source = scratch + _BLOCK_NBYTES
+        for group in range((n_here + 7) // 8):
+            to = out + (part * per_part + group) * group_nbytes
+            n = min(8, n_here - group * 8)
             for block in range(n_blocks):
                 for row in range(n):
-                    pack(
-                        to + block * packed_nbytes,
-                        row,
-                        source + row * row_nbytes + block * block_nbytes,
-                    )
+                    at = source + (group * 8 + row) * row_nbytes + block * block_nbytes
+                    pack(to + block * packed_nbytes, row, at)
                 for row in range(n, 8):
                     pack(to + block * packed_nbytes, row, scratch)
             for i in range(n_blocks * packed_nbytes, group_nbytes):

@@ -459,6 +459,18 @@ call_sleep = _op2(types.void, lambda b, f, units: _call_system(b, f, b.trunc(uni
 
 
 @intrinsic
+def call_pread(typingctx, function, file, to, nbytes, offset):
+    """Call the system's pread: bytes read, 0 at the end of the file, -1 on an error."""
+
+    def codegen(context, builder, sig, args):
+        fn = ir.FunctionType(i64, [i32, i64, i64, i64])
+        pointer = builder.inttoptr(args[0], fn.as_pointer())
+        return builder.call(pointer, [builder.trunc(args[1], i32), *args[2:]])
+
+    return types.int64(*sig_args(function, file, to, nbytes, offset)), codegen
+
+
+@intrinsic
 def call_operation(typingctx, function, step, record, part, first, count, scratch):
     """Call a compiled operation through its address."""
 

@@ -36,9 +36,28 @@ def _address(function: object) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
-def fill_arguments(row: np.ndarray, operation: Operation, arguments: Mapping[str, float]) -> None:
-    """Write an operation's arguments into its record i64 (RECORD_NBYTES / 8,)."""
+def pread_address() -> int:
+    """Address of the system's pread, or 0 where there is none (Windows)."""
+    return 0 if sys.platform == "win32" else _address(ctypes.CDLL(None).pread)
+
+
+def fill_record(
+    row: np.ndarray,
+    operation: Operation,
+    arguments: Mapping[str, float],
+    *,
+    parts: int = 1,
+    tokens: int = 1,
+    count: int = layout.STEP_N_TOKENS,
+    wait: int = 0,
+) -> None:
+    """Write an operation into its record i64 (RECORD_NBYTES / 8,); fields as in `layout.py`."""
     assert set(arguments) == set(operation.arguments), (arguments, operation.arguments)
+    row[layout.RECORD_FUNCTION // 8] = operation.address
+    row[layout.RECORD_PARTS // 8] = parts
+    row[layout.RECORD_TOKENS // 8] = tokens
+    row[layout.RECORD_COUNT // 8] = count
+    row[layout.RECORD_WAIT // 8] = wait
     for i, name in enumerate(operation.arguments, layout.RECORD_ARGUMENTS // 8):
         if name in operation.floats:
             row[i : i + 1].view(np.float32)[0] = arguments[name]
@@ -46,14 +65,13 @@ def fill_arguments(row: np.ndarray, operation: Operation, arguments: Mapping[str
             row[i] = arguments[name]
 
 
-def call_here(pack: Pack, name: str, arguments: Mapping[str, float], count: int) -> None:
-    """Run an operation that needs no step over [0, count), on the calling thread."""
-    operation = pack[name]
+def call_here(pack: Pack, name: str, arguments: Mapping[str, float]) -> None:
+    """Run the first part of an operation that needs no step, on the calling thread."""
     record = np.zeros(layout.RECORD_NBYTES // 8, np.int64)
     scratch = np.empty(512, np.int64)
-    fill_arguments(record, operation, arguments)
+    fill_record(record, pack[name], arguments)
     prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)
-    prototype(operation.address)(0, record.ctypes.data, 0, 0, count, scratch.ctypes.data)
+    prototype(pack[name].address)(0, record.ctypes.data, 0, 0, 1, scratch.ctypes.data)
 
 
 class Team:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .reader import GGUFFile, TensorBytes, TensorInfo, open_gguf
+from .reader import GGUFFile, Place, TensorBytes, TensorInfo, open_gguf
 
-__all__ = ["GGUFFile", "TensorBytes", "TensorInfo", "open_gguf"]
+__all__ = ["GGUFFile", "Place", "TensorBytes", "TensorInfo", "open_gguf"]

@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,14 @@ class TensorInfo:
     part: int = 0
 
 
+class Place(NamedTuple):
+    """An offset of an open file, or without one an address; `owner` keeps either valid."""
+
+    at: int
+    owner: object
+    file: int = -1
+
+
 class TensorBytes:
     """The bytes of a tensor, read when asked; stays usable when its file object is closed."""
 
@@ -70,6 +78,14 @@ class TensorBytes:
     def __del__(self) -> None:
         os.close(self._handle)
 
+    def place(self) -> Place:
+        """Where the bytes are, for whoever reads them natively."""
+        return Place(self._info.offset, self, self._handle)
+
+    def shrank(self) -> ModelFileError:
+        """The error of a file that ends before its tensors do."""
+        return ModelFileError(f"{self._path.name} shrank; {self._info.name} is gone")
+
     def read_into(self, out: np.ndarray, at: int) -> None:
         """Fill `out` u8 from byte `at` of the tensor on."""
         view = memoryview(out)
@@ -77,7 +93,7 @@ class TensorBytes:
         while done < len(view):
             n = os.preadv(self._handle, [view[done:]], self._info.offset + at + done)
             if n == 0:
-                raise ModelFileError(f"{self._path.name} shrank; {self._info.name} is gone")
+                raise self.shrank()
             done += n
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from edgellama.errors import UsageError
 from edgellama.kernels.blocks import FORMATS
 
-from .reader import GGUFFile, TensorBytes, TensorInfo
+from .reader import GGUFFile, Place, TensorBytes, TensorInfo
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -226,20 +226,24 @@ class SyntheticFile(GGUFFile):
 
     def bytes_of(self, name: str) -> TensorBytes:
         """Make the bytes of a tensor, and return their reader."""
-        return _MadeBytes(self.data(name))
+        return _MadeBytes(self, name)
 
 
 class _MadeBytes(TensorBytes):
     """Bytes in memory with the face of a tensor in a file."""
 
-    def __init__(self, data: np.ndarray) -> None:
-        self._data = data
+    def __init__(self, file: SyntheticFile, name: str) -> None:
+        self._file, self._name = file, name
 
     def __del__(self) -> None:
         pass
 
+    def place(self) -> Place:
+        data = self._file.data(self._name)
+        return Place(data.ctypes.data, data)
+
     def read_into(self, out: np.ndarray, at: int) -> None:
-        out.reshape(-1)[:] = self._data[at : at + out.size]
+        out.reshape(-1)[:] = self._file.data(self._name)[at : at + out.size]
 
 
 def synthetic(shape_name: str, format_name: str) -> SyntheticFile:

@@ -63,12 +63,8 @@ def measure(n_threads: int) -> Ceilings:
 
     table = np.zeros((len(_OPERATIONS), layout.RECORD_NBYTES // 8), np.int64)
     for row, name, given in zip(table, _OPERATIONS, arguments, strict=True):
-        operation = pack[name]
-        row[layout.RECORD_FUNCTION // 8] = operation.address
-        row[layout.RECORD_PARTS // 8] = n_parts
-        row[layout.RECORD_TOKENS // 8] = 1
-        row[layout.RECORD_COUNT // 8] = layout.STEP_N_TOKENS
-        team.fill_arguments(row, operation, given | {"sums": sums.ctypes.data})
+        values = given | {"sums": sums.ctypes.data}
+        team.fill_record(row, pack[name], values, parts=n_parts)
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
     step[layout.STEP_N_TOKENS // 8] = 1
 

@@ -86,11 +86,12 @@ class Engine:
         program = Program(builder, FAMILIES[config.arch](builder), kv_type, fuse=fuse)
         self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
+        self._weights = Weights(gguf, program.weights, program.gathered, self.n_batch)
+        scratch_nbytes = max(program.scratch_nbytes, self._weights.scratch_nbytes)
+        self._team = team.Team(self._pack, n_threads, scratch_nbytes)
+        weakref.finalize(self, self._team.close)  # for those who forget to
         with progress("Loading weights", total) as advance:
-            self._weights = Weights(
-                gguf, program.weights, program.gathered, self._pack,
-                n_batch=self.n_batch, n_threads=n_threads, advance=advance,
-            )  # fmt: skip
+            self._weights.load(self._pack, self._team, advance)
         n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes
         self._cache = KVCache(
             n_layers=config.n_layers,
@@ -120,9 +121,7 @@ class Engine:
         self._out_of_head = [record.of_out_rows for record in program.records]
         self._head_first = program.head_first
         self._n_records = len(program.records)
-        self._team = team.Team(self._pack, n_threads, program.scratch_nbytes)
         self._team.use(self._bound.table)
-        weakref.finalize(self, self._team.close)  # for those who forget to
         self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
         self._ids = np.zeros(self.n_batch, np.int32)
         self._positions = np.zeros(self.n_batch, np.int32)

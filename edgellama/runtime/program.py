@@ -16,7 +16,7 @@ import numpy as np
 from edgellama.kernels import layout
 from edgellama.kernels.blocks import FORMATS, STRIP, padded
 from edgellama.kernels.compiler import Pack
-from edgellama.kernels.team import fill_arguments
+from edgellama.kernels.team import fill_record
 from edgellama.models.builder import Builder, Node, Tensor
 from edgellama.models.config import ModelConfig, RopeConfig
 
@@ -447,14 +447,15 @@ class Program:
 
         table = np.zeros((len(self.records), layout.RECORD_NBYTES // 8), np.int64)
         for row, record in zip(table, self.records, strict=True):
-            operation = pack[record.operation]
-            row[layout.RECORD_FUNCTION // 8] = operation.address
-            row[layout.RECORD_PARTS // 8] = record.parts
-            row[layout.RECORD_TOKENS // 8] = record.tokens
-            count = layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS
-            row[layout.RECORD_COUNT // 8] = count
-            row[layout.RECORD_WAIT // 8] = record.wait
-            fill_arguments(row, operation, {k: value(a) for k, a in record.arguments.items()})
+            fill_record(
+                row,
+                pack[record.operation],
+                {name: value(a) for name, a in record.arguments.items()},
+                parts=record.parts,
+                tokens=record.tokens,
+                count=layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS,
+                wait=record.wait,
+            )
         logits = address[self.logits] - arena.ctypes.data
         rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)
         return BoundProgram(self, table, arena, rows.reshape(n_out, -1))

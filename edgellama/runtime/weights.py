@@ -8,20 +8,21 @@ stays in the file; the rows of a step's tokens are read and packed when they are
 from __future__ import annotations
 
 import mmap
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgellama.errors import OutOfMemoryError
-from edgellama.gguf import GGUFFile, TensorBytes
+from edgellama.gguf import GGUFFile, Place, TensorBytes
+from edgellama.kernels import layout
 from edgellama.kernels.blocks import FORMATS, BlockFormat, padded
 from edgellama.kernels.compiler import Pack
-from edgellama.kernels.team import call_here
+from edgellama.kernels.team import Team, call_here, fill_record, pread_address
 
 _PIECE_NBYTES = 1 << 19  # what is read stays in the cache until it is packed
+_LAUNCH_NBYTES = 1 << 27  # between launches the progress bar moves and Ctrl-C is seen
+_HUGE_PAGE = 1 << 21
 _OVERRUN = 8192  # kernels prefetch and load a little past the end
 
 
@@ -36,8 +37,21 @@ class _Matrix:
     at: int
 
     @property
-    def packed_nbytes(self) -> int:
-        return self.format.packed_nbytes(self.n_rows, self.n_cols)
+    def operation(self) -> str:
+        return f"repack.repack[{self.format.name}]"
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.format.row_nbytes(self.n_cols)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_rows * self.row_nbytes
+
+    @property
+    def piece_groups(self) -> int:
+        """Groups of 8 rows that are read and packed at once."""
+        return max(1, _PIECE_NBYTES // (8 * self.row_nbytes))
 
 
 class Weights:
@@ -48,40 +62,25 @@ class Weights:
     """
 
     def __init__(
-        self,
-        gguf: GGUFFile,
-        names: Iterable[str],
-        gathered: Iterable[str],
-        pack: Pack,
-        *,
-        n_batch: int,
-        n_threads: int,
-        advance: Callable[[int], None] = lambda n: None,
+        self, gguf: GGUFFile, names: Iterable[str], gathered: Iterable[str], n_batch: int
     ) -> None:
-        self._pack = pack
-        self._addresses: dict[str, int] = {}
-        self._vectors: list[np.ndarray] = []
+        self._vectors: dict[str, np.ndarray] = {}
+        self._matrices: dict[str, _Matrix] = {}
         self._gathered: list[_Matrix] = []
-        self._threads = threading.local()
-        matrices: dict[str, _Matrix] = {}
         end = 0
         for name in dict.fromkeys(names):
             info = gguf.tensors[name]
             if len(info.shape) == 1:
-                self._vectors.append(_vector(gguf, name))
-                self._addresses[name] = self._vectors[-1].ctypes.data
+                self._vectors[name] = _vector(gguf, name)
                 continue
             n_cols, n_rows = info.shape
-            is_gathered = name in gathered
-            matrix = _Matrix(
-                gguf.bytes_of(name), FORMATS[info.type_name],
-                padded(n_batch) if is_gathered else n_rows, n_cols, end,
-            )  # fmt: skip
-            matrices[name] = matrix
-            if is_gathered:
+            format_ = FORMATS[info.type_name]
+            matrix = _Matrix(gguf.bytes_of(name), format_, n_rows, n_cols, end)
+            self._matrices[name] = matrix
+            if name in gathered:
                 self._gathered.append(matrix)
-            end += padded(matrix.packed_nbytes, 64)
-        self.nbytes = end
+                n_rows = n_batch
+            end += padded(format_.packed_nbytes(n_rows, n_cols), 64)
         try:
             self._arena = _huge_pages(end + _OVERRUN)
         except (OSError, MemoryError) as error:
@@ -89,83 +88,80 @@ class Weights:
                 f"the weights take {end / 1e6:.0f} MB and that much memory could not be had; "
                 "close other programs or use a smaller model or quantization"
             ) from error
-        self._base = self._arena.ctypes.data
-        self._addresses |= {name: self._base + matrix.at for name, matrix in matrices.items()}
-        pieces = [
-            (matrix, first, n)
-            for matrix in matrices.values()
-            if matrix not in self._gathered
-            for first, n in _pieces(matrix)
-        ]
-        self._load(pieces, n_threads, advance)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that loading needs per thread."""
+        pieces = (m.piece_groups * 8 * m.row_nbytes for m in self._matrices.values())
+        return max(pieces, default=0) + 4096
 
     def address(self, name: str) -> int:
         """Where the kernels find a tensor."""
-        return self._addresses[name]
+        if name in self._vectors:
+            return self._vectors[name].ctypes.data
+        return self._arena.ctypes.data + self._matrices[name].at
+
+    def load(self, pack: Pack, team: Team, advance: Callable[[int], None]) -> None:
+        """Read and pack every matrix, on all threads."""
+        self._pack = pack
+        wanted = [m for m in self._matrices.values() if m not in self._gathered]
+        while wanted:
+            n = 1
+            nbytes = wanted[0].nbytes
+            while n < len(wanted) and nbytes < _LAUNCH_NBYTES:
+                nbytes += wanted[n].nbytes
+                n += 1
+            self._load_some(wanted[:n], team)
+            advance(nbytes)
+            del wanted[:n]
+
+    def _load_some(self, matrices: Sequence[_Matrix], team: Team) -> None:
+        table = np.zeros((len(matrices), layout.RECORD_NBYTES // 8), np.int64)
+        failures = np.zeros(1, np.int64)
+        places = [matrix.source.place() for matrix in matrices]
+        for row, matrix, place in zip(table, matrices, places, strict=True):
+            arguments = self._arguments(matrix, place, matrix.n_rows, matrix.piece_groups)
+            arguments["failures"] = failures.ctypes.data
+            parts = -(-matrix.n_rows // (8 * matrix.piece_groups))
+            fill_record(row, self._pack[matrix.operation], arguments, parts=parts)
+        step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
+        step[layout.STEP_N_TOKENS // 8] = 1
+        team.use(table)
+        team.run(step, 0, len(matrices))
+        if failures[0]:
+            raise matrices[0].source.shrank()
 
     def gather(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the rows at which the kernels find the embeddings of `ids` (at most n_batch)."""
         for matrix in self._gathered:
-            row_nbytes = matrix.format.row_nbytes(matrix.n_cols)
-            rows = np.empty((len(ids), row_nbytes), np.uint8)
+            rows = np.empty((len(ids), matrix.row_nbytes), np.uint8)
             for row, i in zip(rows, ids, strict=True):
-                matrix.source.read_into(row, i * row_nbytes)
-            self._repack(matrix, rows, 0)
+                matrix.source.read_into(row, i * matrix.row_nbytes)
+            arguments = self._arguments(matrix, Place(rows.ctypes.data, rows), len(ids), len(ids))
+            call_here(self._pack, matrix.operation, arguments)
         return range(len(ids)) if self._gathered else ids
 
-    def _load(
-        self,
-        pieces: Sequence[tuple[_Matrix, int, int]],
-        n_threads: int,
-        advance: Callable[[int], None],
-    ) -> None:
-        def load(piece: tuple[_Matrix, int, int]) -> int:
-            matrix, first, n_rows = piece
-            row_nbytes = matrix.format.row_nbytes(matrix.n_cols)
-            nbytes = n_rows * row_nbytes
-            buffer = getattr(self._threads, "buffer", None)
-            if buffer is None or len(buffer) < nbytes:
-                buffer = self._threads.buffer = np.empty(nbytes, np.uint8)
-            rows = buffer[:nbytes].reshape(n_rows, row_nbytes)
-            matrix.source.read_into(rows, first * row_nbytes)
-            self._repack(matrix, rows, first // 8)
-            return nbytes
-
-        pool = ThreadPoolExecutor(n_threads)
-        try:
-            for nbytes in pool.map(load, pieces):
-                advance(nbytes)
-        finally:
-            pool.shutdown(cancel_futures=True)  # the rest is not wanted after an error or Ctrl-C
-
-    def _repack(self, matrix: _Matrix, rows: np.ndarray, group: int) -> None:
-        """Pack rows (n, row bytes) of the file as groups from `group` on."""
-        group_nbytes = matrix.format.group_nbytes(matrix.n_cols)
-        call_here(
-            self._pack,
-            f"repack.repack[{matrix.format.name}]",
-            {
-                "out": self._base + matrix.at + group * group_nbytes, "group_nbytes": group_nbytes,
-                "raw": rows.ctypes.data, "n_rows": len(rows),
-                "n_blocks": matrix.n_cols // matrix.format.n_weights,
-            },
-            -(-len(rows) // 8),
-        )  # fmt: skip
-
-
-def _pieces(matrix: _Matrix) -> Iterable[tuple[int, int]]:
-    """Rows (first, count) of about `_PIECE_NBYTES`, a multiple of 8 but for the last."""
-    step = max(8, _PIECE_NBYTES // matrix.format.row_nbytes(matrix.n_cols) // 8 * 8)
-    for first in range(0, matrix.n_rows, step):
-        yield first, min(step, matrix.n_rows - first)
+    def _arguments(
+        self, matrix: _Matrix, place: Place, n_rows: int, per_part: int
+    ) -> dict[str, int]:
+        return {
+            "out": self._arena.ctypes.data + matrix.at,
+            "group_nbytes": matrix.format.group_nbytes(matrix.n_cols),
+            "raw": place.at, "n_rows": n_rows, "n_blocks": matrix.n_cols // matrix.format.n_weights,
+            "per_part": per_part, "file": max(place.file, 0), "failures": 0,
+            "read": pread_address() if place.file >= 0 else 0,
+        }  # fmt: skip
 
 
 def _huge_pages(nbytes: int) -> np.ndarray:
     """Zeroed memory in pages of 2 MB where the system has them: far fewer faults while loading."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(nbytes, np.uint8)
+    size = padded(nbytes, _HUGE_PAGE) + _HUGE_PAGE
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has none
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
+    return np.frombuffer(memory, np.uint8, nbytes, start)
 
 
 def _vector(gguf: GGUFFile, name: str) -> np.ndarray:
