@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +93,6 @@ class LLM:
         with open_gguf(path) as gguf:
             self.config = read_config(gguf)
             self.metadata = gguf.metadata
-            self.tokenizer = load_tokenizer(gguf.metadata, override_pre)
-            if self.tokenizer.n_vocab != self.config.n_vocab:
-                raise ModelFileError(
-                    f"{path.name}: the tokenizer has {self.tokenizer.n_vocab} tokens, the model "
-                    f"{self.config.n_vocab}"
-                )
             trained = self.config.context_length
             self.n_ctx = min(4096, trained) if n_ctx is None else n_ctx
             if self.n_ctx > trained:
@@ -105,14 +100,27 @@ class LLM:
                     "%s was trained for %d tokens; with n_ctx %d, the text may lose its sense",
                     self.config.name, trained, self.n_ctx,
                 )  # fmt: skip
-            self._engine = Engine(
-                gguf,
-                self.config,
-                n_ctx=self.n_ctx,
-                n_batch=n_batch,
-                n_threads=n_threads,
-                kv_type=kv_type,
-            )
+            # The tokenizer is Python's work while the engine's threads read and pack the weights.
+            with ThreadPoolExecutor(1) as aside:
+                tokenizer = aside.submit(load_tokenizer, gguf.metadata, override_pre)
+                self._engine = Engine(
+                    gguf,
+                    self.config,
+                    n_ctx=self.n_ctx,
+                    n_batch=n_batch,
+                    n_threads=n_threads,
+                    kv_type=kv_type,
+                )
+        try:
+            self.tokenizer = tokenizer.result()
+            if self.tokenizer.n_vocab != self.config.n_vocab:
+                raise ModelFileError(
+                    f"{path.name}: the tokenizer has {self.tokenizer.n_vocab} tokens, the model "
+                    f"{self.config.n_vocab}"
+                )
+        except BaseException:
+            self._engine.close()
+            raise
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0

@@ -113,7 +113,7 @@ class Engine:
                 n_batch=self.n_batch,
                 n_out=min(_N_OUT, self.n_batch),
             )
-        except MemoryError as error:
+        except (OSError, MemoryError) as error:
             raise OutOfMemoryError(
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error

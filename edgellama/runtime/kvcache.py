@@ -16,6 +16,8 @@ import numpy as np
 from edgellama.errors import ContextOverflowError, OutOfMemoryError
 from edgellama.kernels.blocks import padded
 
+from .memory import small_pages
+
 PAGE = 32
 
 
@@ -46,14 +48,13 @@ class KVCache:
         page_nbytes = 2 * PAGE * padded(head_size) * (4 if kv_type == "f32" else 2)
         self.head_nbytes = n_pages * page_nbytes
         self._layer_nbytes = n_kv_heads * self.head_nbytes
-        try:  # zeros, which the system maps when they are first written
-            self._memory = np.zeros(n_layers * self._layer_nbytes + 64, np.uint8)
-        except MemoryError as error:
+        try:
+            self._memory = small_pages(n_layers * self._layer_nbytes)
+        except (OSError, MemoryError) as error:
             raise OutOfMemoryError(
                 f"a KV cache of {n_layers * self._layer_nbytes / 1e6:.0f} MB could not be had; "
                 "use a smaller context (-c)"
             ) from error
-        self._base = -(-self._memory.ctypes.data // 64) * 64
         self._free = list(range(n_pages - 1, -1, -1))
         self._n_users = [0] * n_pages
         self._by_key: dict[bytes, int] = {}
@@ -62,7 +63,7 @@ class KVCache:
 
     def layer_address(self, layer: int) -> int:
         """Where the pages of a layer begin: (n_kv_heads, n_pages, page)."""
-        return self._base + layer * self._layer_nbytes
+        return self._memory.ctypes.data + layer * self._layer_nbytes
 
     def _take_page(self) -> int:
         if self._free:

@@ -20,6 +20,8 @@ from edgellama.kernels.team import fill_record
 from edgellama.models.builder import Builder, Node, Tensor
 from edgellama.models.config import ModelConfig, RopeConfig
 
+from .memory import small_pages
+
 _ALL_TOKENS = 1 << 30
 
 
@@ -426,8 +428,8 @@ class Program:
         """Lay out the arena and write the table."""
         sizes = [slot.stride * (n_out if slot.of_out_rows else n_batch) for slot in self.slots]
         offsets = np.cumsum([0, *(padded(size, 64) for size in sizes)])
-        arena = np.zeros(int(offsets[-1]) + 64, np.uint8)
-        base = -(-arena.ctypes.data // 64) * 64
+        arena = small_pages(int(offsets[-1]))
+        base = arena.ctypes.data
         address = {slot: base + int(o) for slot, o in zip(self.slots, offsets, strict=False)}
 
         def value(argument: Argument) -> int | float:
@@ -456,7 +458,7 @@ class Program:
                 count=layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS,
                 wait=record.wait,
             )
-        logits = address[self.logits] - arena.ctypes.data
+        logits = address[self.logits] - base
         rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)
         return BoundProgram(self, table, arena, rows.reshape(n_out, -1))
 

@@ -7,7 +7,6 @@ stays in the file; the rows of a step's tokens are read and packed when they are
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,10 @@ from edgellama.kernels.blocks import FORMATS, BlockFormat, padded
 from edgellama.kernels.compiler import Pack
 from edgellama.kernels.team import Team, call_here, fill_record, pread_address
 
+from .memory import huge_pages
+
 _PIECE_NBYTES = 1 << 19  # what is read stays in the cache until it is packed
 _LAUNCH_NBYTES = 1 << 27  # between launches the progress bar moves and Ctrl-C is seen
-_HUGE_PAGE = 1 << 21
 _OVERRUN = 8192  # kernels prefetch and load a little past the end
 
 
@@ -82,7 +82,7 @@ class Weights:
                 n_rows = n_batch
             end += padded(format_.packed_nbytes(n_rows, n_cols), 64)
         try:
-            self._arena = _huge_pages(end + _OVERRUN)
+            self._arena = huge_pages(end + _OVERRUN)
         except (OSError, MemoryError) as error:
             raise OutOfMemoryError(
                 f"the weights take {end / 1e6:.0f} MB and that much memory could not be had; "
@@ -151,17 +151,6 @@ class Weights:
             "per_part": per_part, "file": max(place.file, 0), "failures": 0,
             "read": pread_address() if place.file >= 0 else 0,
         }  # fmt: skip
-
-
-def _huge_pages(nbytes: int) -> np.ndarray:
-    """Zeroed memory in pages of 2 MB where the system has them: far fewer faults while loading."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.zeros(nbytes, np.uint8)
-    size = padded(nbytes, _HUGE_PAGE) + _HUGE_PAGE
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has none
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
-    return np.frombuffer(memory, np.uint8, nbytes, start)
 
 
 def _vector(gguf: GGUFFile, name: str) -> np.ndarray:
