@@ -1,7 +1,7 @@
 """Text to token ids and back, from the vocabulary inside a GGUF file.
 
-`vocab.py` validates the metadata, `spm.py` and `bpe.py` are the two kinds, `stream.py` turns ids into
-whole characters as they come.
+`vocab.py` validates the metadata, `spm.py` and `bpe.py` are the two kinds, `pre.py` has the patterns of
+the second, `stream.py` turns ids into whole characters as they come.
 """
 
 from __future__ import annotations
