@@ -1,7 +1,7 @@
 """Text to token ids and back, from the vocabulary inside a GGUF file.
 
-`vocab.py` validates the metadata, `spm.py` and `bpe.py` are the two kinds, `stream.py` turns ids into
-whole characters as they come.
+`vocab.py` validates the metadata, `spm.py` and `bpe.py` are the two kinds, `pre.py` has the patterns of
+the second, `stream.py` turns ids into whole characters as they come.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from .stream import StreamDecoder
 from .vocab import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+
+_WHITE_SPACE = " \t\n\v\f\r"
 
 
 class Tokenizer:
@@ -43,19 +45,15 @@ class Tokenizer:
             if vocab.model == "llama"
             else ByteLevelBPE(vocab, override_pre or vocab.pre)
         )
-        if self._model.adds_bos_by_kind and vocab.add_bos_unset:
+        if self._model.insists_on_bos or (self._model.adds_bos_by_kind and vocab.add_bos_unset):
             self.add_bos = True
-        texts: dict[str, int] = {}
-        self._special: set[int] = set()
-        for i, kind in enumerate(vocab.types):
-            if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-                texts.setdefault(vocab.tokens[i], i)
-                if kind != USER_DEFINED:
-                    self._special.add(i)
-        self._special_id = texts
-        user = [t for t, i in texts.items() if i not in self._special]
-        self._split_user = _alternatives(user)
-        self._split_all = _alternatives(list(texts))
+        special = [
+            i for i, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        ]
+        self._special = {i for i in special if vocab.types[i] != USER_DEFINED}
+        # Longest first, so that a token is never cut by one that is part of it.
+        special.sort(key=lambda i: -len(vocab.tokens[i].encode()))
+        self._split_off = [(vocab.tokens[i], i) for i in special if vocab.tokens[i]]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Return the ids of a text; `add_special` adds BOS and EOS where the model wants them.
@@ -69,21 +67,37 @@ class Tokenizer:
                 f"the text holds a lone surrogate at character {error.start}; valid Unicode is needed"
             ) from None
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
-        pattern = self._split_all if parse_special else self._split_user
-        at = 0
-        follows_special = True  # the space prefix goes before the text and after special tokens
-        for match in pattern.finditer(text) if pattern else ():
-            if match.start() > at:
-                ids += self._model.encode(text[at : match.start()], follows_special)
-            token = self._special_id[match[0]]
-            ids.append(token)
-            follows_special = True
-            at = match.end()
-        if at < len(text):
-            ids += self._model.encode(text[at:], follows_special)
+        for part in self._partition(text, parse_special):
+            ids += self._model.encode(part) if isinstance(part, str) else [part]
         if add_special and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def _partition(self, text: str, parse_special: bool) -> list[str | int]:
+        """Cut a text at its special tokens: strings, and ids between them."""
+        parts: list[str | int] = [text] if text else []
+        # Some vocabularies have thousands; what two characters rule out is not searched for.
+        starts = {text[i : i + 2] for i in range(len(text))} | set(text)
+        for special, token in self._split_off:
+            if special[:2] not in starts or (token in self._special and not parse_special):
+                continue
+            cut: list[str | int] = []
+            for part in parts:
+                if not isinstance(part, str) or special not in part:
+                    cut.append(part)
+                    continue
+                if token in self.vocab.strip_right:
+                    left, *rights = re.split(f"{re.escape(special)}[{_WHITE_SPACE}]*", part)
+                else:
+                    left, *rights = part.split(special)
+                for right in rights:
+                    if token in self.vocab.strip_left:
+                        left = left.rstrip(_WHITE_SPACE)
+                    cut += [left, token] if left else [token]
+                    left = right
+                cut += [left] if left else []
+            parts = cut
+        return parts
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; special tokens give their own text."""
@@ -114,12 +128,6 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """Return a decoder for ids that come one at a time."""
         return StreamDecoder(self)
-
-
-def _alternatives(texts: list[str]) -> re.Pattern[str] | None:
-    """A pattern that finds the longest of the texts."""
-    texts = sorted((t for t in texts if t), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def load_tokenizer(metadata: Mapping[str, Any], override_pre: str | None = None) -> Tokenizer:

@@ -7,6 +7,8 @@ Source: sentencepiece_model.proto.
 
 from __future__ import annotations
 
+import numpy as np
+
 from edgellama.errors import ModelFileError
 
 from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, Vocab
@@ -18,6 +20,7 @@ class SentencePiece:
     """BPE by scores with byte fallback."""
 
     adds_bos_by_kind = True
+    insists_on_bos = False
 
     def __init__(self, vocab: Vocab) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -27,11 +30,10 @@ class SentencePiece:
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(_model_proto(vocab))
 
-    def encode(self, text: str, follows_special: bool) -> list[int]:
-        """Ids of a text without special tokens."""
-        if self.adds_space_prefix and follows_special:
-            text = " " + text
-        return self._processor.EncodeAsIds(text)
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without special tokens, which begins the input or follows such a token."""
+        prefix = " " if self.adds_space_prefix else ""
+        return self._processor.EncodeAsIds(prefix + text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a normal token."""
@@ -50,10 +52,11 @@ def _varint(n: int) -> bytes:
 def _model_proto(vocab: Vocab) -> bytes:
     """Serialize a ModelProto: pieces, then the trainer's and the normalizer's settings."""
     assert vocab.scores is not None
-    scores = vocab.scores.astype("<f4").tobytes()
+    # Adding 0 turns -0 into 0: the library ranks one below the other.
+    scores = (vocab.scores.astype("<f4") + np.float32(0)).tobytes()
     small = [_varint(n) for n in range(256)]
-    # User-defined pieces are split off before; as control pieces the library leaves them alone.
-    type_of = [CONTROL, NORMAL, CONTROL, CONTROL, CONTROL, 5, BYTE]
+    # Merging may give any token, as in llama.cpp, but those that text must not be able to spell.
+    type_of = [NORMAL, NORMAL, CONTROL, CONTROL, NORMAL, NORMAL, BYTE]
     unknown = vocab.unk_id
     if unknown is None:
         unknown = next((i for i, kind in enumerate(vocab.types) if kind == UNKNOWN), 0)

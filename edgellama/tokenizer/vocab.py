@@ -14,11 +14,29 @@ from edgellama.errors import ModelFileError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _PREFIX = "tokenizer.ggml."
-# Texts that end a generation in one family or another, where the file does not say so by id.
-_END_TEXTS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-    "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_turn|>", "<turn|>",
+# Tokens that mean something by their text, whatever the file says of them; the lists are llama.cpp's.
+_ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>",
+    "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
 )  # fmt: skip
+# Fill-in-the-middle, where the file names no token for it.
+_FIM = {
+    "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>",
+                "<PRE>", "\u2581<PRE>", "<|code_prefix|>", "<|prefix|>"),
+    "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>",
+                "<SUF>", "\u2581<SUF>", "<|code_suffix|>", "<|suffix|>"),
+    "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>",
+                "<MID>", "\u2581<MID>", "<|code_middle|>", "<|middle|>"),
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}  # fmt: skip
+_FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
+_OLD_KEYS = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
+# The channels of gpt-oss, which are part of what it says.
+_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,8 @@ class Vocab:
     add_bos_unset: bool
     add_eos: bool
     add_space_prefix: bool
+    strip_left: frozenset[int]  # special tokens that swallow the white space before them
+    strip_right: frozenset[int]  # or after
     byte_of: dict[int, int]
 
 
@@ -102,14 +122,19 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     if is_spm:
         bos = 1 if bos is None and n > 2 else bos
         eos = 2 if eos is None and n > 2 else eos
-    ends = {eos, token_id("eot"), token_id("eom")} - {None}
-    wanted = set(_END_TEXTS)
-    ends |= {
-        i for i, text in enumerate(tokens) if text in wanted and types[i] in (CONTROL, USER_DEFINED)
+    named_fim = {
+        kind: token_id(kind if get(f"{kind}_token_id") is not None else _OLD_KEYS.get(kind, kind))
+        for kind in _FIM
     }
+    ends = {i for i in (eos, token_id("eot"), token_id("eom")) if i is not None}
+    _retype(tokens, types, named_fim, ends)
+    pre = str(get("pre") or "")
+    strip_left, strip_right = _stripping(
+        str(metadata.get("general.name") or ""), pre, tokens, types
+    )
     return Vocab(
         model=model,
-        pre=str(get("pre") or ""),
+        pre=pre,
         tokens=tokens,
         scores=scores,
         types=types,
@@ -117,13 +142,64 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
         bos_id=bos,
         eos_id=eos,
         unk_id=token_id("unknown"),
-        eog_ids=frozenset(i for i in ends if i is not None),
+        eog_ids=frozenset(ends),
         add_bos=flag("add_bos_token", is_spm),
         add_bos_unset=get("add_bos_token") is None,
         add_eos=flag("add_eos_token", False),
         add_space_prefix=flag("add_space_prefix", is_spm),
+        strip_left=strip_left,
+        strip_right=strip_right,
         byte_of=byte_of,
     )
+
+
+def _retype(
+    tokens: list[str], types: list[int], fim: Mapping[str, int | None], ends: set[int]
+) -> None:
+    """Correct the types of tokens known by text, and add to `ends` those that end a generation."""
+    wanted = {*_ENDS, *_SHOWN, *(text for texts in _FIM.values() for text in texts)}
+    ids = {text: i for i, text in enumerate(tokens) if text in wanted}
+    control = {ids[text] for text in _ENDS if text in ids}
+    ends |= control
+    for kind, texts in _FIM.items():
+        found = next((ids[text] for text in texts if text in ids), None)
+        token = found if fim[kind] is None else fim[kind]
+        if fim[kind] is None and found is not None:
+            control.add(found)
+        if kind in _FIM_ENDS and token is not None:
+            ends.add(token)
+    for token in control:
+        types[token] = CONTROL
+    for text in ids.keys() & set(_SHOWN):
+        types[ids[text]] = USER_DEFINED
+    # Where an answer has several parts, <|end|> closes one of them; Gemma 4 has </s> as plain text.
+    if ids.keys() & {"<|call|>", "<|calls|>"} and ids.keys() & {"<|return|>", "<|flush|>"}:
+        _unend("<|end|>", USER_DEFINED, ids, types, ends)
+    if "<|tool_response>" in ids:
+        _unend("</s>", NORMAL, ids, types, ends)
+
+
+def _unend(text: str, kind: int, ids: dict[str, int], types: list[int], ends: set[int]) -> None:
+    if text in ids:
+        types[ids[text]] = kind
+        ends.discard(ids[text])
+
+
+def _stripping(
+    name: str, pre: str, tokens: list[str], types: list[int]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Return which special tokens swallow white space before and after them: no key says so."""
+    masks: tuple[str, ...] = ()
+    name = name.lower()
+    if any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
+        masks = ("<mask>",)
+    elif "phi-3" in name or "phi3" in name:
+        keep = ("<unk>", "<s>", "<|endoftext|>")
+        special = (i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN, USER_DEFINED))
+        return frozenset(), frozenset(i for i in special if tokens[i] not in keep)
+    elif "modern-bert" in name:
+        masks = ("[MASK]",)
+    return frozenset(tokens.index(text) for text in masks if text in tokens), frozenset()
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, n: int, kinds: str) -> np.ndarray | None:
