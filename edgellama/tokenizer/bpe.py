@@ -6,6 +6,7 @@ written as another character, and what is no token falls back to the byte tokens
 
 from __future__ import annotations
 
+import operator
 import re
 from functools import cache
 
@@ -80,20 +81,22 @@ class ByteLevelBPE:
 
 def _read_merges(merges: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
     """Split merges at their space; of equal ones the first counts."""
-    pairs: dict[tuple[str, str], None] = {}
-    for i, merge in enumerate(merges):
-        cut = merge.find(" ", 1)
-        left, right = merge[:cut], merge[cut + 1 :]
-        if cut < 0 or not right:
+    # Whole columns at once: one by one takes three times as long.
+    cuts = [merge.find(" ", 1) for merge in merges]
+    lefts = [merge[:cut] for merge, cut in zip(merges, cuts, strict=True)]
+    rights = [merge[cut + 1 :] for merge, cut in zip(merges, cuts, strict=True)]
+    if min(cuts, default=1) < 0 or "" in rights:
+        i = next(i for i, cut in enumerate(cuts) if cut < 0 or not rights[i])
+        raise ModelFileError(
+            f"tokenizer.ggml.merges[{i}] is {merges[i][:40]!r}; two pieces and a space are needed"
+        )
+    for pieces in (lefts, rights, list(map(operator.add, lefts, rights))):
+        if not ids.keys() >= set(pieces):
+            i = next(i for i, piece in enumerate(pieces) if piece not in ids)
             raise ModelFileError(
-                f"tokenizer.ggml.merges[{i}] is {merge[:40]!r}; two pieces and a space are needed"
+                f"tokenizer.ggml.merges[{i}] is {merges[i][:40]!r}; it names a piece that is no token"
             )
-        if left not in ids or right not in ids or left + right not in ids:
-            raise ModelFileError(
-                f"tokenizer.ggml.merges[{i}] is {merge[:40]!r}; it names a piece that is no token"
-            )
-        pairs[left, right] = None
-    return list(pairs)
+    return list(dict.fromkeys(zip(lefts, rights, strict=True)))
 
 
 @cache
