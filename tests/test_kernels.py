@@ -1,0 +1,178 @@
+"""The compiler, its files, and kernels at the edges of what their registers hold."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellama.gguf.synthetic import random_blocks
+from edgellama.kernels import layout, targets, team
+from edgellama.kernels.blocks import FORMATS, STRIP
+from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects, object_path
+from edgellama.kernels.image import ExecutableMemory, ImageError, flatten
+from edgellama.runtime.engine import load_pack
+
+HOST = targets.detect()
+SMALL = "norm.rms_norm"
+
+
+def opcodes(image: bytes, opcode: int) -> int:
+    """Count EVEX instructions of the 0F38 map with this opcode."""
+    code = np.frombuffer(image, np.uint8)
+    starts = (code[:-4] == 0x62) & (code[1:-3] & 7 == 2) & (code[4:] == opcode)
+    return int(starts.sum())
+
+
+# --- objects --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tier", targets.TARGETS)
+def test_every_tier_builds_here(tier: str, tmp_path: Path) -> None:
+    """Cross-built objects need nothing from outside, and use what the tier is for."""
+    target = targets.TARGETS[tier]
+    names = ["matmul.project[q4_1]", "matmul.project[q8_0]", "step.launch"]
+    build(names, target, tmp_path, n_processes=2)
+    assert missing_objects(names, target, tmp_path) == []
+    if tier == "x86-64-avx512vnni":
+        # vpdpbusd; vpdpwssd, of which LLVM splits most again where a sum would wait for another.
+        for name, opcode, least in ((names[0], 0x50, 8), (names[1], 0x52, 1)):
+            image = object_path(name, target, tmp_path).read_bytes()
+            assert opcodes(image, opcode) >= least
+
+
+def test_damaged_and_foreign_objects_are_built_again(tmp_path: Path) -> None:
+    build([SMALL], HOST, tmp_path, n_processes=1)
+    path = object_path(SMALL, HOST, tmp_path)
+    whole = path.read_bytes()
+    for at in (0, 70, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert missing_objects([SMALL], HOST, tmp_path) == [SMALL]
+        with pytest.raises(BuildError, match="damaged"):
+            Pack(HOST, tmp_path).load([SMALL])
+    for size in (0, 10, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert missing_objects([SMALL], HOST, tmp_path) == [SMALL]
+    path.write_bytes(whole)
+    assert missing_objects([SMALL], HOST, tmp_path) == []
+    if hasattr(ctypes, "pythonapi") and path.stat().st_mode:
+        path.chmod(0o622)  # others may write
+        assert missing_objects([SMALL], HOST, tmp_path) == [SMALL]
+
+
+def test_two_builders_at_once(tmp_path: Path) -> None:
+    threads = [
+        threading.Thread(target=build, args=([SMALL], HOST, tmp_path), kwargs={"n_processes": 1})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pack = Pack(HOST, tmp_path)
+    pack.load([SMALL])
+    assert pack[SMALL].address
+    assert [p.suffix for p in path_of_tier(tmp_path).iterdir()] == [".bin"]
+
+
+def path_of_tier(folder: Path) -> Path:
+    return folder / HOST.name
+
+
+def test_an_unknown_operation_is_one_error(tmp_path: Path) -> None:
+    for name in ("matmul.project[q9]", "matmul.nothing", "nowhere.f"):
+        with pytest.raises(BuildError, match=name.partition("[")[0].partition(".")[0]):
+            build([name], HOST, tmp_path, n_processes=1)
+
+
+def test_images_refuse_what_they_cannot_resolve() -> None:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(HOST.triple).create_target_machine(reloc="pic")
+
+    def elf(text: str) -> bytes:
+        return machine.emit_object(llvm.parse_assembly(f'target triple = "{HOST.triple}"\n{text}'))
+
+    with pytest.raises(ImageError, match="needed from outside"):
+        flatten(
+            elf("declare void @elsewhere()\ndefine void @f() { call void @elsewhere() ret void }"),
+            "f",
+        )
+    with pytest.raises(ImageError, match="writable"):
+        flatten(elf("@state = global i64 7\ndefine ptr @f() { ret ptr @state }"), "f")
+    image, entry = flatten(elf("define i64 @f(i64 %a) { %b = mul i64 %a, 3 ret i64 %b }"), "f")
+    memory = ExecutableMemory([b"", image, image])
+    for address in memory.addresses[1:]:
+        assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address + entry)(14) == 42
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+def project(format_name: str, raw: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """x (T, n_cols) times the rows of `raw` (n_rows, row bytes), through the kernels."""
+    format_ = FORMATS[format_name]
+    (n_tokens, n_cols), n_rows = x.shape, len(raw)
+    names = [f"repack.repack[{format_name}]", f"matmul.project[{format_name}]"]
+    if format_.activation != "f32":
+        names.append(f"quantize.quantize[{format_.activation}]")
+    pack = load_pack([*names, *team.NAMES], HOST)
+    packed = np.zeros(format_.packed_nbytes(n_rows, n_cols) + 8192, np.uint8)
+    team.call_here(
+        pack, names[0],
+        {"out": packed.ctypes.data, "group_nbytes": format_.group_nbytes(n_cols),
+         "raw": raw.ctypes.data, "n_rows": n_rows, "n_blocks": n_cols // format_.n_weights,
+         "per_part": n_rows, "file": 0, "read": 0, "failures": 0},
+    )  # fmt: skip
+    n_blocks = n_cols // 32
+    y = np.zeros((n_tokens, n_blocks * layout.ACTIVATION_NBYTES[format_.activation]), np.uint8)
+    out = np.zeros((n_tokens, n_rows), np.float32)
+    table = np.zeros((2, layout.RECORD_NBYTES // 8), np.int64)
+    if len(names) == 3:
+        team.fill_record(
+            table[0], pack[names[2]],
+            {"out": y.ctypes.data, "out_stride": y.strides[0], "x": x.ctypes.data,
+             "x_stride": x.strides[0], "n_blocks": n_blocks}, tokens=8,
+        )  # fmt: skip
+    source = y if len(names) == 3 else x
+    team.fill_record(
+        table[1], pack[names[1]],
+        {"out": out.ctypes.data, "out_stride": out.strides[0], "x": source.ctypes.data,
+         "x_stride": source.strides[0], "w": packed.ctypes.data, "bias": 0, "n_blocks": n_blocks,
+         "n_strips": n_rows // STRIP, "per_part": 1, "residual": 0},
+        parts=n_rows // STRIP, tokens=1 << 30, wait=1,
+    )  # fmt: skip
+    step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
+    step[layout.STEP_N_TOKENS // 8] = n_tokens
+    threads = team.Team(pack, 2, 1 << 20)
+    threads.use(table)
+    threads.run(step, 0 if len(names) == 3 else 1, 2)
+    threads.close()
+    return out
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_codes_times_largest_activations(format_name: str, sign: float) -> None:
+    """Nothing saturates: every code at its largest, every activation at the end of its range."""
+    import gguf
+
+    n_rows, n_cols = STRIP, 512
+    raw = random_blocks(format_name, n_rows, n_cols, np.random.default_rng(0))
+    kind = gguf.GGMLQuantizationType(FORMATS[format_name].type_id)
+    if FORMATS[format_name].n_weights > 1:
+        blocks = raw.reshape(-1, FORMATS[format_name].nbytes)
+        scales = {"q2_k": slice(80, 84), "q3_k": slice(108, 110), "q6_k": slice(192, 210)}
+        kept = scales.get(format_name, slice(0, 16 if format_name[-1] == "k" else 4))
+        codes = np.ones(blocks.shape[1], bool)
+        codes[kept] = False
+        blocks[:, codes] = 0x7F if format_name == "q8_0" else 0xFF
+    weights = gguf.quants.dequantize(raw, kind).astype(np.float64)
+    x = np.full((13, n_cols), sign, np.float32)
+    out = project(format_name, raw, x)
+    exact = x.astype(np.float64) @ weights.T
+    scale = np.abs(weights).sum(axis=1)
+    assert (np.abs(out - exact) / scale).max() < 3e-6
+    assert (out == out[0]).all()  # tiles and tails alike
+    assert np.array_equal(project(format_name, raw, x[:1])[0], out[0])
