@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgellama.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgellama.errors import ModelFileError, UnsupportedModelError, UsageError, shown
 
 from .stream import StreamDecoder
 from .vocab import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
@@ -36,7 +36,7 @@ class Tokenizer:
         kinds = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
         if vocab.model not in kinds:
             raise UnsupportedModelError(
-                f"tokenizer.ggml.model is {vocab.model!r}; known kinds: {', '.join(kinds)}"
+                f"tokenizer.ggml.model is {shown(vocab.model)}; known kinds: {', '.join(kinds)}"
             )
         self._model: SentencePiece | ByteLevelBPE = (
             SentencePiece(vocab)

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from edgellama.errors import ModelFileError
+from edgellama.errors import ModelFileError, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+MAX_TOKEN_LENGTH = 1 << 14  # characters
+_INTEGERS = ("int32", "uint32", "int8", "uint8", "int16", "uint16", "int64", "uint64")
 _PREFIX = "tokenizer.ggml."
 # Texts that end a generation in one family or another, where the file does not say so by id.
 _END_TEXTS = (
@@ -58,15 +60,26 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     if not isinstance(tokens, list) or not tokens:
         raise ModelFileError(f"{_PREFIX}tokens is missing, empty or not an array of strings")
     n = len(tokens)
-    scores = _numbers(metadata, "scores", n, "f")
-    kinds = _numbers(metadata, "token_type", n, "iu")
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_LENGTH:
+        i = next(i for i, text in enumerate(tokens) if len(text) == longest)
+        raise ModelFileError(
+            f"{_PREFIX}tokens[{i}] has {longest} characters; {MAX_TOKEN_LENGTH} are allowed"
+        )
+    scores = _numbers(metadata, "scores", n, ("float32",))
+    kinds = _numbers(metadata, "token_type", n, _INTEGERS)
     types = [NORMAL] * n if kinds is None else kinds.tolist()
     bad = next((i for i, kind in enumerate(types) if not 0 <= kind <= 6), None)
     if bad is not None:
         raise ModelFileError(f"{_PREFIX}token_type[{bad}] is {types[bad]}; types are 1 to 6")
-    merges = get("merges") or []
+    merges = get("merges")
+    if merges is None:
+        merges = []
     if not isinstance(merges, list):
-        raise ModelFileError(f"{_PREFIX}merges is not an array of strings")
+        raise ModelFileError(f"{_PREFIX}merges is {shown(merges)}; an array of strings is needed")
+    pre = get("pre")
+    if not isinstance(pre, str | None) or len(pre or "") > 60:
+        raise ModelFileError(f"{_PREFIX}pre is {shown(pre)}; a short string is needed")
 
     def token_id(key: str) -> int | None:
         value = get(f"{key}_token_id")
@@ -74,7 +87,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n:
             raise ModelFileError(
-                f"{_PREFIX}{key}_token_id is {value!r}; it must be an id below {n}"
+                f"{_PREFIX}{key}_token_id is {shown(value)}; it must be an id below {n}"
             )
         return value
 
@@ -83,7 +96,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ModelFileError(f"{_PREFIX}{key} is {value!r}; a bool is needed")
+            raise ModelFileError(f"{_PREFIX}{key} is {shown(value)}; a bool is needed")
         return value
 
     byte_of = {}
@@ -92,7 +105,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
             match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", tokens[i])
             if match is None:
                 raise ModelFileError(
-                    f"{_PREFIX}tokens[{i}] is a byte token {tokens[i][:20]!r}; <0x00> to <0xFF> is needed"
+                    f"{_PREFIX}tokens[{i}] is a byte token {shown(tokens[i])}; <0x00> to <0xFF> is needed"
                 )
             byte_of[i] = int(match[1], 16)
     is_spm = model == "llama"
@@ -109,7 +122,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     }
     return Vocab(
         model=model,
-        pre=str(get("pre") or ""),
+        pre=pre or "",
         tokens=tokens,
         scores=scores,
         types=types,
@@ -126,14 +139,19 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     )
 
 
-def _numbers(metadata: Mapping[str, Any], key: str, n: int, kinds: str) -> np.ndarray | None:
+def _numbers(
+    metadata: Mapping[str, Any], key: str, n: int, wanted: tuple[str, ...]
+) -> np.ndarray | None:
     values = metadata.get(_PREFIX + key)
     if values is None:
         return None
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
-        raise ModelFileError(f"{_PREFIX}{key} has the wrong element type")
+    if not isinstance(values, np.ndarray) or values.dtype.name not in wanted:
+        seen = values.dtype.name if isinstance(values, np.ndarray) else shown(values)
+        raise ModelFileError(
+            f"{_PREFIX}{key} has the wrong element type {seen}; {wanted[0]} is needed"
+        )
     if len(values) != n:
         raise ModelFileError(f"{_PREFIX}{key} has {len(values)} entries, {_PREFIX}tokens has {n}")
-    if kinds == "f" and not np.isfinite(values).all():
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ModelFileError(f"{_PREFIX}{key} holds a value that is not finite")
     return values
