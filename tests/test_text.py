@@ -13,7 +13,7 @@ from edgellama.errors import EdgeLlamaError, ModelFileError, TemplateError, Usag
 from edgellama.sampling import Sampler
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import load_tokenizer
-from edgellama.tokenizer.bpe import _KINDS, byte_of_character
+from edgellama.tokenizer.bpe import byte_of_character
 
 
 def bpe_metadata(**changes):
@@ -139,7 +139,11 @@ def test_a_million_merges_of_one_pair():
     assert time.monotonic() - start < 15
 
 
-@pytest.mark.parametrize("pre", [names.split()[0] for names, _ in _KINDS])
+@pytest.mark.parametrize(
+    "pre",
+    ["gpt-2", "llama-bpe", "dbrx", "qwen2", "smollm", "falcon", "default", "tekken", "gpt-4o",
+     "deepseek-v3", "bloom", "viking"],
+)  # fmt: skip
 def test_texts_that_make_patterns_backtrack(pre):
     tokenizer = load_tokenizer(bpe_metadata(pre=pre))
     start = time.monotonic()
