@@ -20,7 +20,7 @@ def refused(capsys, *arguments: object) -> str:
     assert err.startswith("edgellama: ")
     assert err.endswith("\n")
     assert err[:-1].isprintable()
-    assert len(err) < 1000
+    assert len(err) < 1500
     return err
 
 
