@@ -2,7 +2,8 @@
 
 A template is code by whoever made the file. It runs in jinja2's immutable sandbox, under a trace
 that stops its Python code, loops and recursion included, after a second. One operation in C could
-outlast the trace or fill the memory, so operators, joins and padding are bounded before they run.
+outlast the trace or fill the memory, so operators, joins and padding are bounded before they run, and
+whatever is made is weighed: no value is large, nor all of them together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
@@ -18,8 +20,11 @@ from typing import Any
 from edgellama.errors import TemplateError
 
 MAX_SECONDS = 1.0
-MAX_CHARACTERS = 4 << 20
+MAX_SOURCE = 1 << 18  # characters
+MAX_CHARACTERS = 4 << 20  # of a value
+_MAX_MADE = 16 * MAX_CHARACTERS  # in one rendering
 _MAX_BITS = 4096  # of an integer
+_OBJECT = 16  # what an element of a list weighs, in characters, beside its text
 
 
 class ChatTemplate:
@@ -47,6 +52,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             **variables,
         }
+        if len(self._source) > MAX_SOURCE:
+            raise TemplateError(
+                f"the chat template has {len(self._source)} characters; {MAX_SOURCE} are allowed; "
+                "use --raw to go without"
+            )
         environment = _environment() if self._template is None else None  # imports: not on its time
         with _deadline(MAX_SECONDS):
             try:
@@ -95,9 +105,11 @@ class _deadline:  # noqa: N801
     def _trace(self, frame: Any, event: str, argument: Any) -> Any:
         if time.monotonic() > self._end:
             raise TemplateError(f"the chat template ran for over {MAX_SECONDS:g} s; use --raw")
-        return self._trace
+        # What weighs values is bounded, and five times slower with every line traced.
+        return None if frame.f_code.co_filename == __file__ else self._trace
 
     def __enter__(self) -> None:
+        _made.total = 0
         self._before = sys.gettrace()
         sys.settrace(self._trace)
 
@@ -122,7 +134,7 @@ def _environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class BoundedCode(CodeGenerator):
-        """`a ~ b` becomes a call of `concat`, which looks at the lengths first."""
+        """What makes a value without a call becomes a call that weighs it."""
 
         def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
             self.write("environment.concat((")
@@ -131,21 +143,50 @@ def _environment() -> Any:
                 self.write(", ")
             self.write("))")
 
+        def visit_List(self, node: nodes.List, frame: Any) -> None:
+            self._weighed(super().visit_List, node, frame)
+
+        def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+            self._weighed(super().visit_Dict, node, frame)
+
+        def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+            if node.ctx == "load":
+                self._weighed(super().visit_Tuple, node, frame)
+            else:
+                super().visit_Tuple(node, frame)
+
+        def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
+            if isinstance(node.arg, nodes.Slice):
+                self._weighed(super().visit_Getitem, node, frame)
+            else:
+                super().visit_Getitem(node, frame)
+
+        def _weighed(self, visit: Callable[[Any, Any], None], node: Any, frame: Any) -> None:
+            self.write("environment.weighed(")
+            visit(node, frame)
+            self.write(")")
+
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["+", "*", "**", "%"])
         code_generator_class = BoundedCode
         concat = staticmethod(_join)
+        weighed = staticmethod(_weighed)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operands(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+            return _weighed(super().call_binop(context, operator, left, right))
 
         def call(_self, _context: Any, _object: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
             name = getattr(_object, "__name__", "")
             owner = getattr(getattr(_object, "__wrapped__", _object), "__self__", None)
             if isinstance(owner, str):
+                if name == "join" and len(args) == 1:
+                    args = (list(args[0]),)
                 _check_text(name, owner, [*args, *kwargs.values()])
-            return super().call(_context, _object, *args, **kwargs)
+            elif isinstance(owner, int | float):
+                raise TemplateError(f"the chat template calls {name} of a number")
+            _weigh([*args, *kwargs.values()])
+            return _weighed(super().call(_context, _object, *args, **kwargs))
 
     environment = Sandbox(
         trim_blocks=True,
@@ -171,13 +212,23 @@ def _raise_exception(message: str) -> None:
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    n_indent = indent if isinstance(indent, int) else len(indent or "")
+    if max(n_indent, len("".join(separators or ""))) > 16:
+        raise TemplateError("the chat template writes JSON with over 16 characters between values")
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    pieces: list[str] = []
+    n = 0
+    for piece in encoder.iterencode(value):
+        pieces.append(piece)
+        n += len(piece)
+        _check_size(n)
+    return "".join(pieces)
 
 
 # --- bounds ---------------------------------------------------------------------------------------
@@ -194,17 +245,28 @@ def _weigh(value: Any) -> int:
     total, stack = 0, [value]
     while stack:
         value = stack.pop()
-        if isinstance(value, Mapping):
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, Mapping):
             stack += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):
             stack += value
-        total += len(value) if isinstance(value, str) else 4
-        _check_size(total + len(stack))
+        total += _OBJECT
+        _check_size(total + _OBJECT * len(stack))
     return total
 
 
+_made = threading.local()  # total: what the rendering in this thread has made so far
+
+
 def _weighed(value: Any) -> Any:
-    _weigh(value)
+    """Return a new value once it is weighed and counted.
+
+    Raises: TemplateError when it, or all that was made, is over the limit.
+    """
+    _made.total += _weigh(value)
+    if _made.total > _MAX_MADE:
+        raise TemplateError(f"the chat template made values of over {_MAX_MADE} characters in all")
     return value
 
 
@@ -212,7 +274,7 @@ def _join(parts: Iterable[Any]) -> str:
     """Join what fits the limit together; macros, blocks and `~` end here."""
     parts = list(parts)
     _weigh(parts)
-    return "".join(map(str, parts))
+    return _weighed("".join(map(str, parts)))
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
@@ -227,7 +289,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
             raise TemplateError(f"the chat template made an integer of over {_MAX_BITS} bits")
     elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
         n, value = (left, right) if isinstance(left, int) else (right, left)
-        _check_size(n * _weigh(value))
+        _check_size(n * (len(value) if isinstance(value, str) else _weigh(value)))
     elif operator == "+":
         _check_size(_weigh(left) + _weigh(right))
     elif operator == "%" and isinstance(left, str):
@@ -242,12 +304,13 @@ def _check_text(name: str, text: str, arguments: list[Any]) -> None:
         _check_size(len(text) + text.count(strings[0]) * len(strings[1]))
     elif name == "join" and arguments and hasattr(arguments[0], "__len__"):
         _check_size(len(arguments[0]) * len(text) + weight)
-    elif name == "translate":
-        raise TemplateError("the chat template calls translate, which is not allowed")
+    elif name in ("encode", "translate"):
+        raise TemplateError(f"the chat template calls {name}, which is not allowed")
     elif name in ("format", "format_map"):
         if re.search(r"\d{5}|%[^%a-zA-Z]*\*|:[^{}]*\{", text):
             raise TemplateError("the chat template pads text without a bound")
-        _check_size(len(text) + (text.count("%") + text.count("{")) * weight)
+        wide = max(map(int, re.findall(r"\d+", text)), default=0)
+        _check_size(len(text) + (text.count("%") + text.count("{")) * (weight + wide))
     elif name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent"):
         lines = text.count("\n") + text.count("\t") + 1
         wide = max((a for a in arguments if isinstance(a, int)), default=8)
@@ -270,6 +333,13 @@ def _bounded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             _check_text(name, str(_weighed(value)), rest)
         else:
             _weigh([value, rest])
-        return plain(*given, **kwargs)
+        if name == "sum" and any(isinstance(a, list | tuple) for a in rest):
+            raise TemplateError(
+                "the chat template sums lists, which takes the square of their length"
+            )
+        if name in ("batch", "slice", "round"):  # lists so long; powers of ten so high
+            n = max((abs(a) for a in rest if isinstance(a, int)), default=0)
+            _check_size(n * _MAX_BITS)
+        return _weighed(plain(*given, **kwargs))
 
     return checked

@@ -17,6 +17,8 @@ after ``edgellama:`` and exits with status 2.
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 
 class EdgeLlamaError(Exception):
     """Anything that edgellama reports to its user."""
@@ -56,3 +58,12 @@ class KernelError(EdgeLlamaError):
 
 class UsageError(EdgeLlamaError, ValueError):
     """An argument is out of range, unknown, or does not fit the others."""
+
+
+def shown(value: object) -> str:
+    """Return a value of a file as it may stand in a message: printable, in one line, not long."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:57]}...")
+    if isinstance(value, int | float):
+        return repr(value)
+    return f"an array of {len(value)}" if isinstance(value, Sized) else type(value).__name__

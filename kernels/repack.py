@@ -19,7 +19,7 @@ Source: the GGUF specification and ggml-quants.c.
 
 from __future__ import annotations
 
-from .blocks import FORMATS
+from .blocks import EXPONENTS, FORMATS
 from .simd import *
 from .simd import inline
 
@@ -226,13 +226,16 @@ def repack(format_name):
     """Return `repack[format]`: write packed groups of 8 rows, the last one padded with zeros.
 
     A part is `per_part` groups. Rows u8 (n_rows, row bytes) lie at `raw`; or, with a `file`, at that
-    offset of it, and `read` is the address of the system's pread. What cannot be read is counted at
-    `failures`.  Shapes: out u8 (ceil(n_rows / 8), group_nbytes).
+    offset of it, and `read` is the address of the system's pread.  `failures` i64 (2,) counts what
+    cannot be read, and floats that are not finite.  Shapes: out u8 (ceil(n_rows / 8), group_nbytes).
     """
     pack = globals()[f"pack_{format_name}"]
     format_ = FORMATS[format_name]
     block_nbytes = format_.nbytes
     packed_nbytes = format_.packed if format_.n_weights > 1 else 8 * format_.nbytes
+    float_nbytes, exponent = EXPONENTS[format_.float_type]
+    place, other_place = format_.float_places[0], format_.float_places[-1]
+    load = {1: load_u8, 2: load_i16, 4: load_u32}[float_nbytes]
 
     def operation(
         step, part, first, count, scratch,
@@ -255,6 +258,7 @@ def repack(format_name):
                     return
                 done += n
             source = scratch + _BLOCK_NBYTES
+        n_bad = 0
         for group in range((n_here + 7) // 8):
             to = out + (part * per_part + group) * group_nbytes
             n = min(8, n_here - group * 8)
@@ -262,9 +266,13 @@ def repack(format_name):
                 for row in range(n):
                     at = source + (group * 8 + row) * row_nbytes + block * block_nbytes
                     pack(to + block * packed_nbytes, row, at)
+                    n_bad += load(at + place) & exponent == exponent
+                    n_bad += load(at + other_place) & exponent == exponent
                 for row in range(n, 8):
                     pack(to + block * packed_nbytes, row, scratch)
             for i in range(n_blocks * packed_nbytes, group_nbytes):
                 store_i8(to + i, 0)
+        if n_bad > 0:
+            atomic_add(failures + 8, n_bad)
 
     return operation

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import time
+import tracemalloc
 
 import pytest
 
-from edgellama.chat import MAX_CHARACTERS, ChatTemplate
+from edgellama.chat import MAX_CHARACTERS, MAX_SOURCE, ChatTemplate
 from edgellama.errors import TemplateError
 
 CHATML = (
@@ -141,6 +142,21 @@ def test_class_is_not_shown() -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for x in [[1], [1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
         "{% for i in range(99999) %}{{ range(99999)|sum }}{% endfor %}",
+        "{{ ('x' * 99999).join(range(99999)|map('string'))|length }}",
+        "{{ 5|round(-1000000000) }}",
+        "{{ 5|round(100000000, 'ceil') }}",
+        "{{ ([[1]] * 99999)|sum(start=[])|length }}",
+        # lists that are equal, or keys, only after 2^40 comparisons in C
+        "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(40) %}"
+        "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+        "{% set ns = namespace(x={'a': 1}, y={'a': 1}) %}{% for i in range(40) %}"
+        "{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% set ns.y = {'a': ns.y, 'b': ns.y} %}{% endfor %}"
+        "{{ ns.x == ns.y }}",
+        "{% set ns = namespace(x=(1,)) %}{% for i in range(40) %}"
+        "{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1}|length }}",
+        "{% set ns = namespace(x=dict(), y=dict()) %}{% for i in range(40) %}"
+        "{% set ns.x = dict(a=ns.x, b=ns.x) %}{% set ns.y = dict(a=ns.y, b=ns.y) %}{% endfor %}"
+        "{{ ns.x == ns.y }}",
         "{{ range(99999)|map('batch', 1)|map('list')|map('length')|list|length }}"
         "{{ ([range(99999)] * 99999)|map('sum')|list|length }}",
     ],
@@ -185,13 +201,61 @@ def test_endless_work_is_stopped(source: str) -> None:
         "{{ ('x' * 99999).replace('', 'x' * 99999) }}",
         "{{ range(99999)|join('x' * 99999) }}",
         "{{ ('x' * 99999).join('x' * 99999) }}",
+        "{{ ('{0:9999}' * 99999).format(1) }}",
+        "{{ ('%9999d' * 9999) % (range(9999)|list) }}",
+        "{{ 'x'.encode().ljust(10**10) }}",
+        "{{ (1).to_bytes(10**10, 'little') }}",
+        "{{ [1]|batch(10**10, 0)|list }}",
+        "{{ [1]|tojson(indent=10**10) }}",
+        "{{ [1]|tojson(indent='x' * 99999) }}",
+        "{{ range(99999)|list|tojson(separators=('x' * 99999, ':')) }}",
+        "{{ ('ab ' * 999999).split()|length }}",
+        # one after another none is too large; all are held at once
+        "{% macro f() %}{% set x = 'x' * 4000000 %}{{ f() }}{{ x }}{% endmacro %}{{ f() }}",
+        "{% set s = 'x' * 4000000 %}{% macro f() %}{% set x = s[1:] %}{{ f() }}{{ x }}{% endmacro %}"
+        "{{ f() }}",
+        "".join(f"{{% set x{i} = 'x' * 4000000 %}}" for i in range(99)),
     ],
 )
 def test_huge_values_are_refused(source: str) -> None:
+    render(CHATML)  # imports, which are not its memory
     start = time.monotonic()
-    with pytest.raises(TemplateError):
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError):
+            render(source)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x" * (MAX_SOURCE + 1),
+        "{#" * 99999,
+        "{{ " + "(" * 99999 + ")" * 99999 + " }}",
+        "{{ " + "1+" * 99999 + "1 }}",
+        "{{ a" + ".a" * 99999 + " }}",
+        "{{ " + "9" * 99999 + " }}",
+        "{% if a %}" + "{% elif b %}" * 9999 + "{% endif %}",
+        "{% for a in b %}" * 99 + "{% endfor %}" * 99,
+        "{{ '" + "\\'" * 99999,
+    ],
+    ids=lambda source: source[:20],
+)
+def test_sources_that_are_hard_to_compile(source: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(TemplateError) as error:
         render(source)
     assert time.monotonic() - start < 5
+    assert str(error.value).isprintable()
+
+
+def test_limits_hold_for_one_rendering() -> None:
+    template = ChatTemplate("{{ ('x' * 4000000)|length }}")
+    assert {template.render(HELLO) for _ in range(40)} == {"4000000"}
 
 
 def test_long_chats_pass() -> None:

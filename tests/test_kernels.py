@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_calls import pack_rows
 
 from edgellama.gguf.synthetic import random_blocks
 from edgellama.kernels import layout, targets, team
@@ -118,13 +119,7 @@ def project(format_name: str, raw: np.ndarray, x: np.ndarray) -> np.ndarray:
     if format_.activation != "f32":
         names.append(f"quantize.quantize[{format_.activation}]")
     pack = load_pack([*names, *team.NAMES], HOST)
-    packed = np.zeros(format_.packed_nbytes(n_rows, n_cols) + 8192, np.uint8)
-    team.call_here(
-        pack, names[0],
-        {"out": packed.ctypes.data, "group_nbytes": format_.group_nbytes(n_cols),
-         "raw": raw.ctypes.data, "n_rows": n_rows, "n_blocks": n_cols // format_.n_weights,
-         "per_part": n_rows, "file": 0, "read": 0, "failures": 0},
-    )  # fmt: skip
+    packed = pack_rows(pack, format_name, raw, n_cols)
     n_blocks = n_cols // 32
     y = np.zeros((n_tokens, n_blocks * layout.ACTIVATION_NBYTES[format_.activation]), np.uint8)
     out = np.zeros((n_tokens, n_rows), np.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_calls import pack_rows
 from make_gguf import make_model, random_blocks
 from naive import NaiveModel
 
@@ -104,25 +105,17 @@ def test_rows_dequantize_to_the_bit(tmp_path, format_name):
     raw = random_blocks(format_name, n_rows, n_cols, np.random.default_rng(1)).reshape(-1)
     kind = reference.GGMLQuantizationType(FORMATS[format_name].type_id)
     expected = reference.quants.dequantize(raw.reshape(n_rows, -1), kind).astype(np.float32)
-    format_ = FORMATS[format_name]
-    packed = np.zeros(format_.packed_nbytes(n_rows, n_cols) + 4096, np.uint8)
-    operation, repack = f"matmul.embed[{format_name}]", f"repack.repack[{format_name}]"
-    pack = load_pack([operation, repack, *team.NAMES], targets.detect())
-    team.call_here(
-        pack, repack,
-        {"out": packed.ctypes.data, "group_nbytes": format_.group_nbytes(n_cols),
-         "raw": raw.ctypes.data, "n_rows": n_rows, "n_blocks": n_cols // format_.n_weights},
-        -(-n_rows // 8),
-    )  # fmt: skip
+    operation = f"matmul.embed[{format_name}]"
+    names = [operation, f"repack.repack[{format_name}]", *team.NAMES]
+    pack = load_pack(names, targets.detect())
+    packed = pack_rows(pack, format_name, raw.reshape(n_rows, -1), n_cols)
     out = np.zeros((n_rows, n_cols), np.float32)
     arguments = {
         "out": out.ctypes.data, "out_stride": n_cols * 4, "w": packed.ctypes.data,
-        "n_blocks": n_cols // 32, "factor": int(np.float32(1.0).view(np.int32)),
+        "n_blocks": n_cols // 32, "factor": 1.0,
     }  # fmt: skip
     table = np.zeros((1, layout.RECORD_NBYTES // 8), np.int64)
-    table[0, :4] = pack[operation].address, 1, 8, layout.STEP_N_TOKENS
-    for i, name in enumerate(pack[operation].arguments, layout.RECORD_ARGUMENTS // 8):
-        table[0, i] = arguments[name]
+    team.fill_record(table[0], pack[operation], arguments, tokens=8)
     ids = np.arange(n_rows, dtype=np.int32)
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
     step[layout.STEP_N_TOKENS // 8], step[layout.STEP_IDS // 8] = n_rows, ids.ctypes.data

@@ -7,6 +7,7 @@ Ctrl-C is 130; a reader that goes away is no error.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -56,12 +57,14 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the `edgellama` command and exit with its status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model file may hold any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(prog_name="edgellama", standalone_mode=False)
         sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except EdgeLlamaError as error:
-        click.echo(f"edgellama: {' '.join(str(error).split())}", err=True)
+        click.echo(f"edgellama: {plain(' '.join(str(error).split()))}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("", err=True)
@@ -72,10 +75,20 @@ def main() -> NoReturn:
     except BrokenPipeError:
         _silence_stdout()
         sys.exit(0)
+    except MemoryError:
+        click.echo(
+            "edgellama: memory ran out; close other programs or use a smaller model", err=True
+        )
+        sys.exit(2)
     except OSError as error:  # a full disk, a file that may not be read
         _silence_stdout()
         click.echo(f"edgellama: {error}", err=True)
         sys.exit(2)
+
+
+def plain(text: str) -> str:
+    """Return a text of a file or a template without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _silence_stdout() -> None:

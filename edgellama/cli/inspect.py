@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
 import numpy as np
 
 from edgellama.catalog import resolve
-from edgellama.errors import ModelFileError
-from edgellama.gguf import GGUFFile, TensorInfo, open_gguf
+from edgellama.cli import plain
+from edgellama.gguf import GGUFFile, open_gguf
 from edgellama.models.config import read_config
+from edgellama.tokenizer import load_tokenizer
 
 
 @click.command("info")
@@ -43,65 +45,41 @@ def info(model: str | None, tensors: bool, as_json: bool, offline: bool) -> None
             return
         click.echo(f"{gguf.path}: GGUF version {gguf.version}, alignment {gguf.alignment}")
         for key, value in gguf.metadata.items():
-            text = json.dumps(_short(value), ensure_ascii=False)
-            click.echo(f"  {key} = {text if len(text) <= 100 else text[:97] + '...'}")
+            text = plain(json.dumps(_short(value), ensure_ascii=False)[:101])
+            click.echo(f"  {plain(key)} = {text if len(text) <= 100 else text[:97] + '...'}")
         sizes = ", ".join(f"{name} {n / 1e6:.1f} MB" for name, n in sorted(by_type.items()))
         click.echo(f"{len(gguf.tensors)} tensors, {n_weights / 1e6:.1f} M weights: {sizes}")
         for t in gguf.tensors.values() if tensors else ():
-            click.echo(f"  {t.name:32} {t.type_name:8} {'x'.join(map(str, t.shape))}")
+            click.echo(f"  {plain(t.name):32} {t.type_name:8} {'x'.join(map(str, t.shape))}")
 
 
 def _short(value: Any) -> Any:
-    """A value fit for display: the first elements of long arrays."""
+    """A value fit for display and for JSON: the first elements of long arrays, no NaN."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, list) and len(value) > 8:
-        return [*value[:8], f"... {len(value)} in all"]
-    return value
+    if isinstance(value, list):
+        more = [f"... {len(value)} in all"] if len(value) > 8 else []
+        return [*map(_short, value[:8]), *more]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @click.command("verify")
 @click.argument("model")
 def verify(model: str) -> None:
-    """Check MODEL: its structure, its hyper-parameters, and every number in it."""
+    """Check MODEL: its structure, hyper-parameters, tokenizer, and every number in it."""
     with open_gguf(resolve(model, offline=True)) as gguf:
-        if "general.architecture" in gguf.metadata and "token_embd.weight" in gguf.tensors:
+        if _is_model(gguf):
             read_config(gguf)
-        bad = [t.name for t in gguf.tensors.values() if not _is_finite(gguf, t)]
-        if bad:
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise ModelFileError(
-                f"{gguf.path.name}: NaN or infinite values in {', '.join(bad[:5])}{more}; "
-                "fetch or convert the file again"
-            )
+            load_tokenizer(gguf.metadata)
+        for name in gguf.tensors:
+            gguf.bytes_of(name).check()
         click.echo(f"{gguf.path}: {len(gguf.tensors)} tensors, sound")
 
 
-# Where the f16 scales of a block lie; formats not named here have none that could be NaN.
-_SCALES_AT = {
-    "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "q2_k": (80, 82),
-    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,),
-}  # fmt: skip
-
-
-def _is_finite(gguf: GGUFFile, tensor: TensorInfo) -> bool:
-    raw = gguf.data(tensor.name)
-    if tensor.type_name in ("f32", "f64", "f16"):
-        dtype = {"f32": "<f4", "f64": "<f8", "f16": "<f2"}[tensor.type_name]
-        return bool(np.isfinite(raw.view(dtype)).all())
-    if tensor.type_name == "bf16":
-        return bool(((raw.view("<u2") & 0x7F80) != 0x7F80).all())
-    blocks = raw.reshape(-1, tensor.nbytes * _block(tensor) // max(tensor.n_weights, 1) or 1)
-    for at in _SCALES_AT.get(tensor.type_name, ()):
-        scales = np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
-        if not np.isfinite(scales).all():
-            return False
-    if tensor.type_name == "mxfp4":
-        return bool((blocks[:, 0] != 255).all())
-    return True
-
-
-def _block(tensor: TensorInfo) -> int:
-    from edgellama.kernels.blocks import FORMAT_BY_ID, OTHER_TYPES
-
-    return (FORMAT_BY_ID.get(tensor.type_id) or OTHER_TYPES[tensor.type_id]).n_weights
+def _is_model(gguf: GGUFFile) -> bool:
+    """Whether the file claims to be a model, not an adapter, a vocabulary or something else."""
+    arch, kind = (gguf.metadata.get(f"general.{key}") for key in ("architecture", "type"))
+    named = isinstance(kind, str) and kind != "model"
+    has_embedding = "token_embd.weight" in gguf.tensors
+    has_layers = bool(gguf.tensors) and f"{arch}.block_count" in gguf.metadata
+    return not named and (has_embedding or has_layers)

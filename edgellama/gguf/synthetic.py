@@ -209,9 +209,7 @@ class SyntheticFile(GGUFFile):
             block = FORMATS[kind]
             n_weights = int(np.prod(size))
             nbytes = n_weights // block.n_weights * block.nbytes
-            self.tensors[tensor] = TensorInfo(
-                tensor, size[::-1], block.type_id, kind, n_weights, nbytes, 0
-            )
+            self.tensors[tensor] = TensorInfo(tensor, size[::-1], block, n_weights, nbytes, 0)
 
     def data(self, name: str) -> np.ndarray:
         """Make the bytes of a tensor, u8 (nbytes,)."""
@@ -234,9 +232,6 @@ class _MadeBytes(TensorBytes):
 
     def __init__(self, file: SyntheticFile, name: str) -> None:
         self._file, self._name = file, name
-
-    def __del__(self) -> None:
-        pass
 
     def place(self) -> Place:
         data = self._file.data(self._name)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from edgellama.errors import ModelFileError, UnsupportedModelError
+from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS
 
@@ -65,6 +65,9 @@ class _Family:
     gemma: bool = False
 
 
+_INT32_MAX = (1 << 31) - 1
+_BASES = (2.0, 1e12)  # of the angles of rope: above 1, whose logarithm yarn divides by
+_FACTORS = (1e-6, 1e6)
 _FAMILIES = {"llama": _Family("norm"), "gemma3": _Family("neox", gemma=True)}
 
 
@@ -76,18 +79,22 @@ class _Keys:
         self.file = gguf.path.name
         self.arch = arch
 
-    def _get(self, key: str) -> Any:
-        return self.metadata.get(f"{self.arch}.{key}")
+    def has(self, key: str) -> bool:
+        """Whether the file has the key."""
+        return f"{self.arch}.{key}" in self.metadata
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
+        return value
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self._get(key)
-        if value is None:
-            if default is None:
-                raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
-            return default
+        """A whole number in a range, which a default must keep to as well."""
+        value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value!r}; one integer is needed"
+                f"{self.file}: {self.arch}.{key} is {shown(value)}; one integer is needed"
             )
         if not low <= value <= high:
             raise ModelFileError(
@@ -95,17 +102,16 @@ class _Keys:
             )
         return value
 
-    def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
-        value = self._get(key)
-        if value is None:
-            if default is None:
-                raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
-            return default
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        """A number in a range, which no NaN and no infinity is."""
+        value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelFileError(f"{self.file}: {self.arch}.{key} is {value!r}; a number is needed")
-        if not math.isfinite(value) or (positive and value <= 0):
             raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value}; a finite number above 0 is needed"
+                f"{self.file}: {self.arch}.{key} is {shown(value)}; a number is needed"
+            )
+        if not low <= value <= high:
+            raise ModelFileError(
+                f"{self.file}: {self.arch}.{key} is {value}; it must be {low:g} to {high:g}"
             )
         return float(value)
 
@@ -117,15 +123,19 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
     """
     arch = gguf.metadata.get("general.architecture")
     if not isinstance(arch, str):
-        raise ModelFileError(f"{gguf.path.name}: general.architecture is missing: this is no model")
+        raise ModelFileError(
+            f"{gguf.path.name}: general.architecture is missing or no string: this is no model"
+        )
     family = _FAMILIES.get(arch)
     if family is None:
         known = ", ".join(sorted(_FAMILIES))
         raise UnsupportedModelError(
-            f"{gguf.path.name} is a model of architecture {arch!r}; edgellama runs: {known}"
+            f"{gguf.path.name} is a model of architecture {shown(arch)}; edgellama runs: {known}"
         )
     k = _Keys(gguf, arch)
-    if k.integer("expert_count", 0, 1 << 16, 0) > 0:
+    n_experts = k.integer("expert_count", 0, 1 << 16, 0)
+    k.integer("expert_used_count", 0, n_experts, 0)
+    if n_experts > 0:
         raise UnsupportedModelError(
             f"{gguf.path.name} is a mixture of experts, which is not supported"
         )
@@ -138,7 +148,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path.name}: {n_heads} heads cannot share {n_kv_heads} KV heads evenly "
             f"({arch}.attention.head_count_kv)"
         )
-    if width % n_heads and k._get("attention.key_length") is None:
+    if width % n_heads and not k.has("attention.key_length"):
         raise ModelFileError(
             f"{gguf.path.name}: {arch}.embedding_length {width} is no multiple of {n_heads} heads"
         )
@@ -153,7 +163,12 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelFileError(f"{gguf.path.name}: tensor token_embd.weight is missing")
-    n_vocab = embedding.shape[1] if len(embedding.shape) == 2 else 0
+    if len(embedding.shape) != 2 or embedding.shape[1] == 0:
+        raise ModelFileError(
+            f"{gguf.path.name}: tensor token_embd.weight has shape {list(embedding.shape)}; "
+            "columns and rows are needed"
+        )
+    n_vocab = embedding.shape[1]
     if isinstance(tokens, list) and len(tokens) != n_vocab:
         raise ModelFileError(
             f"{gguf.path.name}: tokenizer.ggml.tokens has {len(tokens)} entries but "
@@ -166,9 +181,11 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{n_vocab} rows"
         )
     gemma = family.gemma
+    name = gguf.metadata.get("general.name")
+    has_window = k.has("attention.sliding_window")
     config = ModelConfig(
         arch=arch,
-        name=str(gguf.metadata.get("general.name", gguf.path.stem)),
+        name=name if isinstance(name, str) and name.isprintable() else gguf.path.stem,
         n_layers=n_layers,
         width=width,
         n_heads=n_heads,
@@ -176,20 +193,24 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         head_size=head_size,
         ffn_width=k.integer("feed_forward_length", 1, 1 << 22),
         n_vocab=n_vocab,
-        context_length=k.integer("context_length", 1, (1 << 31) - 1),
-        norm_eps=k.number("attention.layer_norm_rms_epsilon"),
+        context_length=k.integer("context_length", 1, _INT32_MAX),
+        norm_eps=k.number("attention.layer_norm_rms_epsilon", 1e-20, 1.0),
         rope=rope,
         rope_local=rope_local,
-        sliding_window=k.integer("attention.sliding_window", 1, (1 << 31) - 1, 0),
+        sliding_window=k.integer("attention.sliding_window", 1, _INT32_MAX) if has_window else 0,
         window_pattern=6 if gemma else 0,
         attention_scale=1.0 / math.sqrt(head_size),
-        attn_softcap=k.number("attn_logit_softcapping", 0.0) if gemma else 0.0,
-        final_softcap=k.number("final_logit_softcapping", 0.0) if gemma else 0.0,
+        attn_softcap=_soft_cap(k, "attn_logit_softcapping") if gemma else 0.0,
+        final_softcap=_soft_cap(k, "final_logit_softcapping") if gemma else 0.0,
         embedding_scale=math.sqrt(width) if gemma else 1.0,
         tied="output.weight" not in gguf.tensors,
     )
     check_tensors(gguf, config)
     return config
+
+
+def _soft_cap(k: _Keys, key: str) -> float:
+    return k.number(key, 1e-3, 1e6) if k.has(key) else 0.0
 
 
 def _rope(
@@ -200,15 +221,18 @@ def _rope(
         raise ModelFileError(
             f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even"
         )
-    base = k.number("rope.freq_base", 10000.0)
-    scaling = k._get("rope.scaling.type") or "none"
-    factor = k.number("rope.scaling.factor", k.number("rope.scale_linear", 1.0))
+    base = k.number("rope.freq_base", *_BASES, 10000.0)
+    scaling = gguf.metadata.get(f"{k.arch}.rope.scaling.type", "none")
+    factor = k.number("rope.scale_linear", *_FACTORS, 1.0)
+    factor = k.number("rope.scaling.factor", *_FACTORS, factor)
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(
+            f"{k.file}: {k.arch}.rope.scaling.type is {shown(scaling)}; none, linear and yarn are "
+            "known"
+        )
     if scaling == "none" and factor != 1.0:
         scaling = "linear"
-    if scaling not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(
-            f"{k.file}: {k.arch}.rope.scaling.type is {scaling!r}; none, linear and yarn are known"
-        )
+    attn_factor = k.number("rope.scaling.yarn_attn_factor", *_FACTORS, 1.0)
     factors = ""
     info = gguf.tensors.get("rope_freqs.weight")
     if info is not None:
@@ -228,17 +252,17 @@ def _rope(
         scaling=scaling,
         factor=factor,
         original_context=k.integer(
-            "rope.scaling.original_context_length", 1, (1 << 31) - 1,
-            k.integer("context_length", 1, (1 << 31) - 1),
+            "rope.scaling.original_context_length", 1, _INT32_MAX,
+            k.integer("context_length", 1, _INT32_MAX),
         ),
-        ext_factor=k.number("rope.scaling.yarn_ext_factor", 1.0, positive=False),
-        attn_factor=k.number("rope.scaling.attn_factor", k.number("rope.scaling.yarn_attn_factor", 1.0)),
-        beta_fast=k.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=k.number("rope.scaling.yarn_beta_slow", 1.0),
+        ext_factor=k.number("rope.scaling.yarn_ext_factor", 0.0, 1.0, 1.0),
+        attn_factor=k.number("rope.scaling.attn_factor", *_FACTORS, attn_factor),
+        beta_fast=k.number("rope.scaling.yarn_beta_fast", *_FACTORS, 32.0),
+        beta_slow=k.number("rope.scaling.yarn_beta_slow", *_FACTORS, 1.0),
         freq_factors=factors,
     )  # fmt: skip
     local = (
-        RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", 10000.0))
+        RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", *_BASES, 10000.0))
         if family.gemma
         else None
     )
@@ -246,7 +270,7 @@ def _rope(
 
 
 def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
-    """Prove that every tensor the forward pass names is there, of a known format, and fits.
+    """Prove that the file has the tensors the forward pass names and no other, and that they fit.
 
     Raises: ModelFileError naming the tensor and both shapes.
     """
@@ -277,6 +301,12 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
                 needed[f"blk.{layer}.{part}.bias"] = (n_rows,)
         for part, size in vectors.items():
             needed[f"blk.{layer}.{part}.weight"] = (size,)
+    extra = next((n for n in gguf.tensors if n not in needed and n != c.rope.freq_factors), None)
+    if extra is not None:
+        raise UnsupportedModelError(
+            f"{gguf.path.name}: tensor {shown(extra)} has no place in a {c.arch} model of "
+            f"{c.n_layers} layers; leaving it out would change every answer"
+        )
     for name, shape in needed.items():
         info = gguf.tensors.get(name)
         if info is None:

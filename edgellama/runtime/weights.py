@@ -15,7 +15,7 @@ import numpy as np
 from edgellama.errors import OutOfMemoryError
 from edgellama.gguf import GGUFFile, Place, TensorBytes
 from edgellama.kernels import layout
-from edgellama.kernels.blocks import FORMATS, BlockFormat, padded
+from edgellama.kernels.blocks import BlockFormat, padded
 from edgellama.kernels.compiler import Pack
 from edgellama.kernels.team import Team, call_here, fill_record, pread_address
 
@@ -67,6 +67,7 @@ class Weights:
         self._vectors: dict[str, np.ndarray] = {}
         self._matrices: dict[str, _Matrix] = {}
         self._gathered: list[_Matrix] = []
+        self._ignored = np.zeros(2, np.int64)  # failures of rows that were checked when read
         end = 0
         for name in dict.fromkeys(names):
             info = gguf.tensors[name]
@@ -74,13 +75,12 @@ class Weights:
                 self._vectors[name] = _vector(gguf, name)
                 continue
             n_cols, n_rows = info.shape
-            format_ = FORMATS[info.type_name]
-            matrix = _Matrix(gguf.bytes_of(name), format_, n_rows, n_cols, end)
+            matrix = _Matrix(gguf.bytes_of(name), info.format, n_rows, n_cols, end)
             self._matrices[name] = matrix
             if name in gathered:
                 self._gathered.append(matrix)
                 n_rows = n_batch
-            end += padded(format_.packed_nbytes(n_rows, n_cols), 64)
+            end += padded(info.format.packed_nbytes(n_rows, n_cols), 64)
         try:
             self._arena = huge_pages(end + _OVERRUN)
         except (OSError, MemoryError) as error:
@@ -117,19 +117,22 @@ class Weights:
 
     def _load_some(self, matrices: Sequence[_Matrix], team: Team) -> None:
         table = np.zeros((len(matrices), layout.RECORD_NBYTES // 8), np.int64)
-        failures = np.zeros(1, np.int64)
+        failures = np.zeros((len(matrices), 2), np.int64)  # short reads, floats not finite
         places = [matrix.source.place() for matrix in matrices]
-        for row, matrix, place in zip(table, matrices, places, strict=True):
+        for row, matrix, place, failed in zip(table, matrices, places, failures, strict=True):
             arguments = self._arguments(matrix, place, matrix.n_rows, matrix.piece_groups)
-            arguments["failures"] = failures.ctypes.data
+            arguments["failures"] = failed.ctypes.data
             parts = -(-matrix.n_rows // (8 * matrix.piece_groups))
             fill_record(row, self._pack[matrix.operation], arguments, parts=parts)
         step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
         step[layout.STEP_N_TOKENS // 8] = 1
         team.use(table)
         team.run(step, 0, len(matrices))
-        if failures[0]:
-            raise matrices[0].source.shrank()
+        for matrix, (n_short, n_bad) in zip(matrices, failures, strict=True):
+            if n_short:
+                matrix.source.check()
+            if n_bad:
+                raise matrix.source.not_finite()
 
     def gather(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the rows at which the kernels find the embeddings of `ids` (at most n_batch)."""
@@ -148,7 +151,7 @@ class Weights:
             "out": self._arena.ctypes.data + matrix.at,
             "group_nbytes": matrix.format.group_nbytes(matrix.n_cols),
             "raw": place.at, "n_rows": n_rows, "n_blocks": matrix.n_cols // matrix.format.n_weights,
-            "per_part": per_part, "file": max(place.file, 0), "failures": 0,
+            "per_part": per_part, "file": max(place.file, 0), "failures": self._ignored.ctypes.data,
             "read": pread_address() if place.file >= 0 else 0,
         }  # fmt: skip
 
@@ -156,8 +159,7 @@ class Weights:
 def _vector(gguf: GGUFFile, name: str) -> np.ndarray:
     """A one-dimensional tensor as f32, padded with zeros to a multiple of 32."""
     info = gguf.tensors[name]
-    raw = np.empty(info.nbytes, np.uint8)
-    gguf.bytes_of(name).read_into(raw, 0)
+    raw = gguf.data(name)
     if info.type_name == "f32":
         values = raw.view(np.float32)
     elif info.type_name == "f16":

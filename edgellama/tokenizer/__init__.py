@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgellama.errors import ModelFileError, UnsupportedModelError, UsageError
+import numpy as np
+
+from edgellama.errors import ModelFileError, UnsupportedModelError, UsageError, shown
 
 from .stream import StreamDecoder
-from .vocab import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
+from .vocab import BYTE, SPECIAL, USER_DEFINED, Vocab, read_vocab
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -38,7 +40,7 @@ class Tokenizer:
         kinds = {"llama": SentencePiece, "gpt2": ByteLevelBPE}
         if vocab.model not in kinds:
             raise UnsupportedModelError(
-                f"tokenizer.ggml.model is {vocab.model!r}; known kinds: {', '.join(kinds)}"
+                f"tokenizer.ggml.model is {shown(vocab.model)}; known kinds: {', '.join(kinds)}"
             )
         self._model: SentencePiece | ByteLevelBPE = (
             SentencePiece(vocab)
@@ -47,9 +49,7 @@ class Tokenizer:
         )
         if self._model.insists_on_bos or (self._model.adds_bos_by_kind and vocab.add_bos_unset):
             self.add_bos = True
-        special = [
-            i for i, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-        ]
+        special = np.flatnonzero(np.isin(vocab.types, SPECIAL)).tolist()
         self._special = {i for i in special if vocab.types[i] != USER_DEFINED}
         # Longest first, so that a token is never cut by one that is part of it.
         special.sort(key=lambda i: -len(vocab.tokens[i].encode()))
@@ -103,7 +103,7 @@ class Tokenizer:
         """The bytes a token stands for; special tokens give their own text."""
         if not 0 <= token < self.n_vocab:
             raise UsageError(f"token id {token} is outside the vocabulary of {self.n_vocab}")
-        if self.vocab.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
+        if self.vocab.types[token] in SPECIAL:
             return self.vocab.tokens[token].encode()
         if self.vocab.types[token] == BYTE:
             return bytes([self.vocab.byte_of[token]])

@@ -54,10 +54,10 @@ def _model_proto(vocab: Vocab) -> bytes:
     assert vocab.scores is not None
     unknown = vocab.unk_id
     if unknown is None:
-        unknown = next((i for i, kind in enumerate(vocab.types) if kind == UNKNOWN), 0)
+        unknown = int((vocab.types == UNKNOWN).argmax())
     # Merging may give any token, as in llama.cpp, but those that text must not be able to spell.
     type_of = np.array([NORMAL, NORMAL, CONTROL, CONTROL, NORMAL, NORMAL, BYTE], np.uint8)
-    kinds = type_of[np.array(vocab.types)]
+    kinds = type_of[vocab.types]
     kinds[unknown] = UNKNOWN
     # Adding 0 turns -0 into 0: the library ranks one below the other.
     pieces = _pieces(vocab.tokens, vocab.scores.astype("<f4") + np.float32(0), kinds)

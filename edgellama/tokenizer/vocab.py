@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from edgellama.errors import ModelFileError
+from edgellama.errors import ModelFileError, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPECIAL = (CONTROL, UNKNOWN, USER_DEFINED)
 
+MAX_TOKEN_LENGTH = 1 << 14  # characters
+_INTEGERS = ("int32", "uint32", "int8", "uint8", "int16", "uint16", "int64", "uint64")
 _PREFIX = "tokenizer.ggml."
 # Tokens that mean something by their text, whatever the file says of them; the lists are llama.cpp's.
 _ENDS = (
@@ -47,7 +50,7 @@ class Vocab:
     pre: str
     tokens: list[str]
     scores: np.ndarray | None
-    types: list[int]
+    types: np.ndarray
     merges: list[str]
     bos_id: int | None
     eos_id: int | None
@@ -78,15 +81,26 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     if not isinstance(tokens, list) or not tokens:
         raise ModelFileError(f"{_PREFIX}tokens is missing, empty or not an array of strings")
     n = len(tokens)
-    scores = _numbers(metadata, "scores", n, "f")
-    kinds = _numbers(metadata, "token_type", n, "iu")
-    types = [NORMAL] * n if kinds is None else kinds.tolist()
-    bad = next((i for i, kind in enumerate(types) if not 0 <= kind <= 6), None)
-    if bad is not None:
-        raise ModelFileError(f"{_PREFIX}token_type[{bad}] is {types[bad]}; types are 1 to 6")
-    merges = get("merges") or []
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_LENGTH:
+        i = next(i for i, text in enumerate(tokens) if len(text) == longest)
+        raise ModelFileError(
+            f"{_PREFIX}tokens[{i}] has {longest} characters; {MAX_TOKEN_LENGTH} are allowed"
+        )
+    scores = _numbers(metadata, "scores", n, ("float32",))
+    kinds = _numbers(metadata, "token_type", n, _INTEGERS)
+    types = np.full(n, NORMAL) if kinds is None else kinds.astype(np.int64)
+    bad = np.flatnonzero((types < 0) | (types > 6))
+    if len(bad):
+        raise ModelFileError(f"{_PREFIX}token_type[{bad[0]}] is {types[bad[0]]}; types are 1 to 6")
+    merges = get("merges")
+    if merges is None:
+        merges = []
     if not isinstance(merges, list):
-        raise ModelFileError(f"{_PREFIX}merges is not an array of strings")
+        raise ModelFileError(f"{_PREFIX}merges is {shown(merges)}; an array of strings is needed")
+    pre = get("pre")
+    if not isinstance(pre, str | None) or len(pre or "") > 60:
+        raise ModelFileError(f"{_PREFIX}pre is {shown(pre)}; a short string is needed")
 
     def token_id(key: str) -> int | None:
         value = get(f"{key}_token_id")
@@ -94,7 +108,7 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n:
             raise ModelFileError(
-                f"{_PREFIX}{key}_token_id is {value!r}; it must be an id below {n}"
+                f"{_PREFIX}{key}_token_id is {shown(value)}; it must be an id below {n}"
             )
         return value
 
@@ -103,18 +117,17 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ModelFileError(f"{_PREFIX}{key} is {value!r}; a bool is needed")
+            raise ModelFileError(f"{_PREFIX}{key} is {shown(value)}; a bool is needed")
         return value
 
     byte_of = {}
-    for i, kind in enumerate(types):
-        if kind == BYTE:
-            match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", tokens[i])
-            if match is None:
-                raise ModelFileError(
-                    f"{_PREFIX}tokens[{i}] is a byte token {tokens[i][:20]!r}; <0x00> to <0xFF> is needed"
-                )
-            byte_of[i] = int(match[1], 16)
+    for i in np.flatnonzero(types == BYTE).tolist():
+        match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", tokens[i])
+        if match is None:
+            raise ModelFileError(
+                f"{_PREFIX}tokens[{i}] is a byte token {shown(tokens[i])}; <0x00> to <0xFF> is needed"
+            )
+        byte_of[i] = int(match[1], 16)
     is_spm = model == "llama"
     if is_spm and scores is None:
         raise ModelFileError(f"{_PREFIX}scores is missing; a vocabulary of kind llama needs it")
@@ -128,13 +141,12 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
     }
     ends = {i for i in (eos, token_id("eot"), token_id("eom")) if i is not None}
     _retype(tokens, types, named_fim, ends)
-    pre = str(get("pre") or "")
     strip_left, strip_right = _stripping(
-        str(metadata.get("general.name") or ""), pre, tokens, types
+        str(metadata.get("general.name") or ""), pre or "", tokens, types
     )
     return Vocab(
         model=model,
-        pre=pre,
+        pre=pre or "",
         tokens=tokens,
         scores=scores,
         types=types,
@@ -154,11 +166,11 @@ def read_vocab(metadata: Mapping[str, Any]) -> Vocab:
 
 
 def _retype(
-    tokens: list[str], types: list[int], fim: Mapping[str, int | None], ends: set[int]
+    tokens: list[str], types: np.ndarray, fim: Mapping[str, int | None], ends: set[int]
 ) -> None:
     """Correct the types of tokens known by text, and add to `ends` those that end a generation."""
     wanted = {*_ENDS, *_SHOWN, *(text for texts in _FIM.values() for text in texts)}
-    ids = {text: i for i, text in enumerate(tokens) if text in wanted}
+    ids = {text: tokens.index(text) for text in wanted.intersection(tokens)}
     control = {ids[text] for text in _ENDS if text in ids}
     ends |= control
     for kind, texts in _FIM.items():
@@ -179,14 +191,14 @@ def _retype(
         _unend("</s>", NORMAL, ids, types, ends)
 
 
-def _unend(text: str, kind: int, ids: dict[str, int], types: list[int], ends: set[int]) -> None:
+def _unend(text: str, kind: int, ids: dict[str, int], types: np.ndarray, ends: set[int]) -> None:
     if text in ids:
         types[ids[text]] = kind
         ends.discard(ids[text])
 
 
 def _stripping(
-    name: str, pre: str, tokens: list[str], types: list[int]
+    name: str, pre: str, tokens: list[str], types: np.ndarray
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Return which special tokens swallow white space before and after them: no key says so."""
     masks: tuple[str, ...] = ()
@@ -195,21 +207,26 @@ def _stripping(
         masks = ("<mask>",)
     elif "phi-3" in name or "phi3" in name:
         keep = ("<unk>", "<s>", "<|endoftext|>")
-        special = (i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN, USER_DEFINED))
+        special = np.flatnonzero(np.isin(types, SPECIAL)).tolist()
         return frozenset(), frozenset(i for i in special if tokens[i] not in keep)
     elif "modern-bert" in name:
         masks = ("[MASK]",)
     return frozenset(tokens.index(text) for text in masks if text in tokens), frozenset()
 
 
-def _numbers(metadata: Mapping[str, Any], key: str, n: int, kinds: str) -> np.ndarray | None:
+def _numbers(
+    metadata: Mapping[str, Any], key: str, n: int, wanted: tuple[str, ...]
+) -> np.ndarray | None:
     values = metadata.get(_PREFIX + key)
     if values is None:
         return None
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
-        raise ModelFileError(f"{_PREFIX}{key} has the wrong element type")
+    if not isinstance(values, np.ndarray) or values.dtype.name not in wanted:
+        seen = values.dtype.name if isinstance(values, np.ndarray) else shown(values)
+        raise ModelFileError(
+            f"{_PREFIX}{key} has the wrong element type {seen}; {wanted[0]} is needed"
+        )
     if len(values) != n:
         raise ModelFileError(f"{_PREFIX}{key} has {len(values)} entries, {_PREFIX}tokens has {n}")
-    if kinds == "f" and not np.isfinite(values).all():
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ModelFileError(f"{_PREFIX}{key} holds a value that is not finite")
     return values
