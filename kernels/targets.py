@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A CPU tier: the LLVM CPU and features of its objects and the CPU flags it needs to run."""
 
     name: str

@@ -14,7 +14,8 @@ from edgellama.gguf.synthetic import random_blocks
 from edgellama.kernels import layout, targets, team
 from edgellama.kernels.blocks import FORMATS, STRIP
 from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects, object_path
-from edgellama.kernels.image import ExecutableMemory, ImageError, flatten
+from edgellama.kernels.image import ExecutableMemory
+from edgellama.kernels.link import LinkError, flatten
 from edgellama.runtime.engine import load_pack
 
 HOST = targets.detect()
@@ -97,12 +98,12 @@ def test_images_refuse_what_they_cannot_resolve() -> None:
     def elf(text: str) -> bytes:
         return machine.emit_object(llvm.parse_assembly(f'target triple = "{HOST.triple}"\n{text}'))
 
-    with pytest.raises(ImageError, match="needed from outside"):
+    with pytest.raises(LinkError, match="needed from outside"):
         flatten(
             elf("declare void @elsewhere()\ndefine void @f() { call void @elsewhere() ret void }"),
             "f",
         )
-    with pytest.raises(ImageError, match="writable"):
+    with pytest.raises(LinkError, match="writable"):
         flatten(elf("@state = global i64 7\ndefine ptr @f() { ret ptr @state }"), "f")
     image, entry = flatten(elf("define i64 @f(i64 %a) { %b = mul i64 %a, 3 ret i64 %b }"), "f")
     memory = ExecutableMemory([b"", image, image])

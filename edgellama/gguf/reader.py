@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +37,7 @@ _FOREIGN_TYPES: tuple[tuple[frozenset[int], str], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor of the file; `shape[0]` is the number of columns, `offset` counts from file start."""
 
     name: str
@@ -268,7 +266,7 @@ def _read_tensors(gguf: GGUFFile, c: Cursor, n_tensors: int, alignment: int) -> 
                 f"{c.part.path.name}: tensor {info.name!r} ends at byte {end} but the file has "
                 f"{c.part.size}; it is cut off: fetch it again"
             )
-        gguf.tensors[info.name] = replace(info, offset=base + info.offset)
+        gguf.tensors[info.name] = info._replace(offset=base + info.offset)
 
 
 def _read_tensor(c: Cursor, i: int, part: int) -> TensorInfo:

@@ -6,16 +6,14 @@ Kernels do not check bounds: what `read_config` returns is what makes that safe.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS
 
 
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
+class RopeConfig(NamedTuple):
     """How positions rotate: which dimensions pair up, at which frequencies."""
 
     kind: str  # "norm": neighbours, "neox": halves
@@ -31,8 +29,7 @@ class RopeConfig:
     freq_factors: str = ""  # tensor of divisors
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(NamedTuple):
     """The shape of a model. Letters as in CONTRIBUTING: D width, H heads, K kv heads, E head size."""
 
     arch: str
@@ -57,8 +54,7 @@ class ModelConfig:
     tied: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
+class _Family(NamedTuple):
     """What differs between architectures."""
 
     rope_kind: str

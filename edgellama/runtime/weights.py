@@ -8,7 +8,7 @@ stays in the file; the rows of a step's tokens are read and packed when they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ _LAUNCH_NBYTES = 1 << 27  # between launches the progress bar moves and Ctrl-C i
 _OVERRUN = 8192  # kernels prefetch and load a little past the end
 
 
-@dataclass(frozen=True, slots=True)
-class _Matrix:
+class _Matrix(NamedTuple):
     """A matrix of the file and where its packed form begins in the arena."""
 
     source: TensorBytes

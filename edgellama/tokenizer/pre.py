@@ -9,8 +9,7 @@ with the length of the text: possessive repeats, and nothing counted again from 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgellama.errors import UnsupportedModelError
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import pre_tokenizers
 
 
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """Patterns applied one after another, and what else the name implies."""
 
     patterns: tuple[str, ...]
