@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .kv import BLOCK
 from .layout import KV_NBYTES, PAGE, SPAN, STEP_N_SPANS, STEP_POSITIONS, STEP_TABLES
 from .quantize import write_forms
 from .simd import *
@@ -35,21 +36,38 @@ def _products(kv_type, rows, columns):
     """Return (score, weigh) of a tile: the two products of attention over the pages of a span."""
     kind = "i8" if kv_type == "q8_0" else kv_type
     size = KV_NBYTES[kv_type]
-    zero, add, scale, store = tile_operations(rows, columns)
+    zero, add, add_scaled, store = tile_operations(rows, columns)
     load, load_scales = tile_load(kind, columns), tile_load("f32", columns)
     width = 8 * columns
+
+    @inline
+    def dot(tile, a, a_stride, keys, n, ahead):
+        """tile + a (rows, n) @ keys (n, columns); what lies `ahead` is fetched meanwhile."""
+        for k in range(n):
+            if rows <= 4:
+                prefetch(keys + ahead)
+            tile = add(tile, load(keys), a + k * 4, a_stride)
+            keys += PAGE * size
+        return tile
 
     @inline
     def score(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide):
         """to (rows, positions) = a (rows, E) @ K (E, positions)."""
         for i in range(n_pages):
             at = base + load_i32(pages + 4 * i) * page_nbytes
+            ahead = base + load_i32(pages + 4 * min(i + 1, n_pages - 1)) * page_nbytes - at
             for c in range(0, PAGE, width):
+                keys = at + c * size
                 tile = zero()
-                for k in range(head_size):
-                    tile = add(tile, load(at + (k * PAGE + c) * size), a + k * 4, a_stride)
-                if size == 1:
-                    tile = scale(tile, load_scales(at + 2 * PAGE * wide + c * 4))
+                if size > 1:
+                    tile = dot(tile, a, a_stride, keys, head_size, ahead)
+                else:
+                    scales = at + 2 * wide * PAGE + c * 4
+                    for k in range(0, head_size, BLOCK):
+                        n = min(BLOCK, head_size - k)
+                        part = dot(zero(), a + k * 4, a_stride, keys + k * PAGE, n, ahead)
+                        tile = add_scaled(tile, part, load_scales(scales))
+                        scales += PAGE * 4
                 store(to + (i * PAGE + c) * 4, SCORES_NBYTES, tile)
 
     @inline
@@ -58,10 +76,15 @@ def _products(kv_type, rows, columns):
         for c in range(0, wide, width):
             tile = zero()
             for i in range(n_pages):
-                at = base + load_i32(pages + 4 * i) * page_nbytes + (PAGE * wide + c) * size
+                at = base + load_i32(pages + 4 * i) * page_nbytes
+                ahead = base + load_i32(pages + 4 * min(i + 2, n_pages - 1)) * page_nbytes - at
+                at += (PAGE * wide + c) * size
                 for k in range(PAGE):
+                    values = at + k * wide * size
+                    if rows <= 4:
+                        prefetch(values + ahead)
                     y = weights + (i * PAGE + k) * 4
-                    tile = add(tile, load(at + k * wide * size), y, SCORES_NBYTES)
+                    tile = add(tile, load(values), y, SCORES_NBYTES)
             store(to + c * 4, to_stride, tile)
 
     return score, weigh
@@ -69,12 +92,13 @@ def _products(kv_type, rows, columns):
 
 @inline
 def masked(score, i, low, high, cap):
+    """Cap 8 scores, and put -inf where it is not low <= i < high."""
     a = load_f32x8(score + i * 4)
-    if cap != np.float32(0.0):
-        a = capped(a, cap)
-    if i + 8 > high or i < low:
+    if cap != np.float32(0.0) or i + 8 > high or i < low:
+        if cap != np.float32(0.0):
+            a = capped(a, cap)
         a = mask_before(mask_after(a, high - i), low - i)
-    store_f32x8(score + i * 4, a)
+        store_f32x8(score + i * 4, a)
     return a
 
 
@@ -152,7 +176,7 @@ def attend(kv_type):
     size = KV_NBYTES[kv_type]
     score6, weigh6 = _products(kv_type, 6, 2)
     score4, weigh4 = _products(kv_type, 4, 2)
-    score3, weigh3 = _products(kv_type, 3, 4)
+    score3, weigh3 = _products(kv_type, 3, 2)
     score2, weigh2 = _products(kv_type, 2, 4)
     score1, weigh1 = _products(kv_type, 1, 4)
 
@@ -271,7 +295,7 @@ def attend(kv_type):
                             cap * _LOG2E, span_states + r * 8)  # fmt: skip
                     if size == 1:
                         scale_weights(scores + r * SCORES_NBYTES, base, page_nbytes, pages,
-                                      n_pages, 2 * PAGE * wide + PAGE * 4)  # fmt: skip
+                                      n_pages, (2 * wide + wide // BLOCK * 4) * PAGE)  # fmt: skip
                 weigh(n, sums, row_nbytes, scores, base, page_nbytes, pages, n_pages, wide)
                 for r in range(n):
                     t = first + (row + r) // n_group

@@ -3,8 +3,12 @@
 A page holds 32 positions of one head.  Keys are transposed, so that lanes are positions and scores need
 no sums across lanes; E is the head size padded to a multiple of 32:
 
-    K (E, 32) | V (32, E)                                               f16, f32
-    K i8 (E, 32) | V i8 (32, E) | K scales f32 (32,) | V scales (32,)   q8_0, a scale per position
+    K (E, 32) | V (32, E)                                                    f16, f32
+    K i8 (E, 32) | V i8 (32, E) | K scales f32 (E/32, 32) | V scales (32,)   q8_0
+
+A position of q8_0 has a scale for every 32 elements of its key and one for its value.  One for the whole
+key would not do: the heads of 256 elements of Gemma 3 270M then add 0.0043 to the mean KL, with one per
+32 elements 0.0004, and values 0.0001 (SmolLM2-135M: 0.0007, 0.0004, 0.0001).
 
 Who owns which page is the runtime's business (`edgellama/runtime/kvcache.py`); who reads them is
 `attention.py`.  Source: Kwon et al., PagedAttention, 2023.
@@ -19,7 +23,7 @@ from .quantize import peak_to
 from .simd import *
 from .simd import inline
 
-SCALE_NBYTES = 4
+BLOCK = 32  # elements of a key that share a scale
 
 
 @inline
@@ -83,10 +87,12 @@ def store(kv_type):
                 key = k + t * k_stride + head * head_size * 4
                 value = v + t * v_stride + head * head_size * 4
                 if size == 1:
-                    scales = at + 2 * PAGE * wide + slot * SCALE_NBYTES
-                    store_f32(scales, quantize_row(scratch, key, head_size))
-                    scale = quantize_row(values, value, head_size)
-                    store_f32(scales + PAGE * SCALE_NBYTES, scale)
+                    scale_at = at + 2 * PAGE * wide + slot * 4
+                    for i in range(0, head_size, BLOCK):
+                        n = min(BLOCK, head_size - i)
+                        store_f32(scale_at, quantize_row(scratch + i, key + i * 4, n))
+                        scale_at += PAGE * 4
+                    store_f32(scale_at, quantize_row(values, value, head_size))
                 else:
                     convert(scratch, key, head_size)
                     convert(values, value, head_size)

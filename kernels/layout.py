@@ -20,8 +20,9 @@ KV_NBYTES = {"f16": 2, "f32": 4, "q8_0": 1}  # of an element
 
 def kv_page_nbytes(kv_type: str, head_size: int) -> int:
     """Bytes of a page of one KV head."""
-    scales = 2 * PAGE * 4 if kv_type == "q8_0" else 0
-    return 2 * PAGE * ((head_size + 31) // 32 * 32) * KV_NBYTES[kv_type] + scales
+    n_blocks = (head_size + 31) // 32
+    scales = (n_blocks + 1) * PAGE * 4 if kv_type == "q8_0" else 0
+    return 2 * PAGE * n_blocks * 32 * KV_NBYTES[kv_type] + scales
 
 
 # --- the step: what this call evaluates -----------------------------------------------------------

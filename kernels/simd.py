@@ -496,10 +496,10 @@ def tile_load(kind, columns):
 
 
 def tile_operations(rows, columns):
-    """Return zero(), add(tile, row, at, stride), scale(tile, row) and store(to, stride, tile).
+    """Return zero(), add(tile, row, at, stride), add_scaled(tile, other, row), store(to, stride, tile).
 
     `add` adds the products of a row with the floats at `at`, `at + stride` ..., one for each row of
-    the tile; `scale` multiplies every row of the tile with a row.
+    the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
     """
     tile_type = _tiles[rows * columns]
 
@@ -513,10 +513,11 @@ def tile_operations(rows, columns):
             at = builder.add(at, stride)
         return _as_tile(builder, sums)
 
-    def scale(builder, tile, row):
+    def add_scaled(builder, tile, other, row):
         row = _values(builder, row)
-        scaled = [builder.fmul(v, row[i % columns]) for i, v in enumerate(_values(builder, tile))]
-        return _as_tile(builder, scaled)
+        pairs = zip(_values(builder, other), _values(builder, tile), strict=True)
+        sums = [lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)]
+        return _as_tile(builder, sums)
 
     def store(builder, to, stride, tile):
         for i, value in enumerate(_values(builder, tile)):
@@ -525,7 +526,7 @@ def tile_operations(rows, columns):
                 to = builder.add(to, stride)
 
     zero = _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
-    return zero, _op4(tile_type, add), _op2(tile_type, scale), _op3(types.void, store)
+    return zero, _op4(tile_type, add), _op3(tile_type, add_scaled), _op3(types.void, store)
 
 
 # --- threads --------------------------------------------------------------------------------------
