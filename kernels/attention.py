@@ -1,299 +1,346 @@
-"""Attention over the paged KV cache, and the writing of new keys and values into it.
+"""Attention over the paged KV cache.
 
-A page holds 32 positions of one head: keys transposed, so that lanes are positions and scores need no
-sums across lanes, then values:   K (E, 32) | V (32, E), with E padded to a multiple of 32.
-Rows (a row = one query head of one token) run over the pages in order with an online softmax, 32
-positions at a time; six rows of a sequence share every load of keys and values.  What a row computes
-does not depend on its neighbours: pages it may not see change nothing (their weights are exactly 0).
+A row is one query head of one token.  Positions are cut into spans of 256 (`layout.SPAN`): within a span
+a row's scores, their maximum, the weights 2^(score - maximum) and the weighted sums of values are
+computed plainly, and spans are merged in order.  That is what a row's result is, whoever computes it:
+with many tokens a thread goes over the spans itself; with few, spans are parts that threads share, and
+`merge` puts together what they left.
+
+Up to six rows of a sequence share every load of keys and values.  What a row computes does not depend
+on its neighbours: positions that it may not see have weights of exactly 0, and so have whole spans.
 
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao et al.,
-FlashAttention, 2022; Kwon et al., PagedAttention, 2023.
+FlashAttention, 2022; Dao et al., Flash-Decoding, 2023.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .layout import STEP_POSITIONS, STEP_TABLES
+from .kv import BLOCK
+from .layout import KV_NBYTES, PAGE, SPAN, STEP_N_SPANS, STEP_POSITIONS, STEP_TABLES
+from .quantize import write_forms
 from .simd import *
 from .simd import inline
 
-PAGE = 32
 ROWS = 6
-_LOWEST = np.float32(-1e30)  # the running maximum before anything was seen; finite, so that
-# exp(maximum - maximum) is 1 while a row sees nothing and its sums stay 0
+PAGES = SPAN // PAGE
+SCORES_NBYTES = SPAN * 4
+_LOG2E = np.float32(1.4426950408889634)
+_LOWEST = np.float32(-1e30)  # the maximum of a row that sees nothing; finite, so that 2^0 is what
+# exp2(maximum - maximum) gives
 
 
-def _elements(kv_type):
-    if kv_type == "f16":
-        return load_f16x8, 2
-    if kv_type == "f32":
-        return load_f32x8, 4
-    raise ValueError(f"no kernels for KV type {kv_type}")
+# --- one span -------------------------------------------------------------------------------------
+def _products(kv_type, rows, columns):
+    """Return (score, weigh) of a tile: the two products of attention over the pages of a span."""
+    kind = "i8" if kv_type == "q8_0" else kv_type
+    size = KV_NBYTES[kv_type]
+    zero, add, add_scaled, store = tile_operations(rows, columns)
+    load, load_scales = tile_load(kind, columns), tile_load("f32", columns)
+    width = 8 * columns
 
+    @inline
+    def dot(tile, a, a_stride, keys, n, ahead):
+        """tile + a (rows, n) @ keys (n, columns); what lies `ahead` is fetched meanwhile."""
+        for k in range(n):
+            if rows <= 4:
+                prefetch(keys + ahead)
+            tile = add(tile, load(keys), a + k * 4, a_stride)
+            keys += PAGE * size
+        return tile
 
-def store_kv(kv_type):
-    """Return `store_kv[type]`: write the keys and values of every token to its page."""
-    _, size = _elements(kv_type)
-    is_f16 = kv_type == "f16"
+    @inline
+    def score(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide):
+        """to (rows, positions) = a (rows, E) @ K (E, positions)."""
+        for i in range(n_pages):
+            at = base + load_i32(pages + 4 * i) * page_nbytes
+            ahead = base + load_i32(pages + 4 * min(i + 1, n_pages - 1)) * page_nbytes - at
+            for c in range(0, PAGE, width):
+                keys = at + c * size
+                tile = zero()
+                if size > 1:
+                    tile = dot(tile, a, a_stride, keys, head_size, ahead)
+                else:
+                    scales = at + 2 * wide * PAGE + c * 4
+                    for k in range(0, head_size, BLOCK):
+                        n = min(BLOCK, head_size - k)
+                        part = dot(zero(), a + k * 4, a_stride, keys + k * PAGE, n, ahead)
+                        tile = add_scaled(tile, part, load_scales(scales))
+                        scales += PAGE * 4
+                store(to + (i * PAGE + c) * 4, SCORES_NBYTES, tile)
 
-    def operation(
-        step, part, first, count, scratch,
-        k, k_stride, v, v_stride, cache, head_nbytes, n_heads, head_size,
-    ):  # fmt: skip
-        positions = load_i64(step + STEP_POSITIONS)
-        tables = load_i64(step + STEP_TABLES)
-        wide = (head_size + 31) // 32 * 32
-        limit = splat_f32(np.float32(65504.0))
-        for t in range(first, first + count):
-            position = load_i32(positions + 4 * t)
-            page = load_i32(load_i64(tables + 8 * t) + 4 * (position // PAGE))
-            slot = position % PAGE
-            for head in range(n_heads):
-                at = cache + head * head_nbytes + page * 2 * PAGE * wide * size
-                values = at + (PAGE + slot) * wide * size
-                key = k + t * k_stride + head * head_size * 4
-                value = v + t * v_stride + head * head_size * 4
-                for i in range(0, head_size, 8):
-                    a = load_f32x8(key + i * 4)
-                    b = load_f32x8(value + i * 4)
-                    if is_f16:  # an infinity in the cache would become NaN in masked positions
-                        a = maximum(minimum(a, limit), zero_f32x8() - limit)
-                        b = maximum(minimum(b, limit), zero_f32x8() - limit)
-                        store_f16x8(scratch, a)
-                        store_f16x8(values + i * 2, b)
-                        for j in range(8):
-                            store_i16(at + ((i + j) * PAGE + slot) * 2, load_i16(scratch + j * 2))
-                    else:
-                        store_f32x8(scratch, a)
-                        store_f32x8(values + i * 4, b)
-                        for j in range(8):
-                            store_f32(at + ((i + j) * PAGE + slot) * 4, load_f32(scratch + j * 4))
+    @inline
+    def weigh(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide):
+        """to (rows, E) = weights (rows, positions) @ V (positions, E)."""
+        for c in range(0, wide, width):
+            tile = zero()
+            for i in range(n_pages):
+                at = base + load_i32(pages + 4 * i) * page_nbytes
+                ahead = base + load_i32(pages + 4 * min(i + 2, n_pages - 1)) * page_nbytes - at
+                at += (PAGE * wide + c) * size
+                for k in range(PAGE):
+                    values = at + k * wide * size
+                    if rows <= 4:
+                        prefetch(values + ahead)
+                    y = weights + (i * PAGE + k) * 4
+                    tile = add(tile, load(values), y, SCORES_NBYTES)
+            store(to + c * 4, to_stride, tile)
 
-    return operation
+    return score, weigh
 
 
 @inline
-def softmax_page(score, out_factor, state, low, high, scale, cap):
-    """Turn 32 scores at `score` into weights; update the row's maximum and sum at `state`.
+def masked(score, i, low, high, cap):
+    """Cap 8 scores, and put -inf where it is not low <= i < high."""
+    a = load_f32x8(score + i * 4)
+    if cap != np.float32(0.0) or i + 8 > high or i < low:
+        if cap != np.float32(0.0):
+            a = capped(a, cap)
+        a = mask_before(mask_after(a, high - i), low - i)
+        store_f32x8(score + i * 4, a)
+    return a
 
-    Positions low <= i < high of the page are visible. Returns the factor of what was summed before.
-    """
-    factor = splat_f32(scale)
-    a = load_f32x8(score) * factor
-    b = load_f32x8(score + 32) * factor
-    c = load_f32x8(score + 64) * factor
-    d = load_f32x8(score + 96) * factor
-    if cap != np.float32(0.0):
-        a = capped(a, cap)
-        b = capped(b, cap)
-        c = capped(c, cap)
-        d = capped(d, cap)
-    if high < PAGE or low > 0:
-        a = mask_before(mask_after(a, high), low)
-        b = mask_before(mask_after(b, high - 8), low - 8)
-        c = mask_before(mask_after(c, high - 16), low - 16)
-        d = mask_before(mask_after(d, high - 24), low - 24)
-    before = load_f32(state)
-    peak = max(before, max_lanes(maximum(maximum(a, b), maximum(c, d))))
+
+@inline
+def softmax(score, n, low, high, cap, state):
+    """Turn n scores into weights, 0 outside low <= i < high; write maximum and sum to `state`."""
+    a = splat_f32(_LOWEST)
+    b = a
+    for i in range(0, n, 16):
+        a = maximum(a, masked(score, i, low, high, cap))
+        b = maximum(b, masked(score, i + 8, low, high, cap))
+    peak = max_lanes(maximum(a, b))
     top = splat_f32(peak)
-    a = exp(a - top)
-    b = exp(b - top)
-    c = exp(c - top)
-    d = exp(d - top)
-    store_f32x8(score, a)
-    store_f32x8(score + 32, b)
-    store_f32x8(score + 64, c)
-    store_f32x8(score + 96, d)
-    again = first_lane(exp(splat_f32(before) - top))
+    a = zero_f32x8()
+    b = zero_f32x8()
+    for i in range(0, n * 4, 64):
+        u = exp2(load_f32x8(score + i) - top)
+        v = exp2(load_f32x8(score + i + 32) - top)
+        store_f32x8(score + i, u)
+        store_f32x8(score + i + 32, v)
+        a = a + u
+        b = b + v
     store_f32(state, peak)
-    store_f32(state + 4, load_f32(state + 4) * again + sum_lanes((a + b) + (c + d)))
-    store_f32(out_factor, again)
+    store_f32(state + 4, sum_lanes(a + b))
 
 
+@inline
+def scale_weights(weight, base, page_nbytes, pages, n_pages, offset):
+    """Multiply weights with the scales of their values."""
+    for i in range(n_pages):
+        scales = base + load_i32(pages + 4 * i) * page_nbytes + offset
+        for j in range(0, PAGE * 4, 32):
+            at = weight + i * PAGE * 4 + j
+            store_f32x8(at, load_f32x8(at) * load_f32x8(scales + j))
+
+
+# --- spans together -------------------------------------------------------------------------------
+@inline
+def clear_row(out, state, head_nbytes):
+    for i in range(0, head_nbytes, 32):
+        store_f32x8(out + i, zero_f32x8())
+    store_f32(state, _LOWEST)
+    store_f32(state + 4, np.float32(0.0))
+
+
+@inline
+def merge_row(out, state, sums, span_state, head_nbytes):
+    """Add the sums of a span to a row's, both relative to their maximum."""
+    before = load_f32(state)
+    here = load_f32(span_state)
+    peak = max(before, here)
+    f = exp2(splat_f32(before - peak))
+    g = exp2(splat_f32(here - peak))
+    for i in range(0, head_nbytes, 32):
+        store_f32x8(out + i, fma(load_f32x8(sums + i), g, load_f32x8(out + i) * f))
+    store_f32(state, peak)
+    total = load_f32(state + 4) * first_lane(f) + load_f32(span_state + 4) * first_lane(g)
+    store_f32(state + 4, total)
+
+
+@inline
+def finish_row(out, state, head_nbytes):
+    share = splat_f32(np.float32(1.0) / load_f32(state + 4))
+    for i in range(0, head_nbytes, 32):
+        store_f32x8(out + i, load_f32x8(out + i) * share)
+
+
+# --- operations -----------------------------------------------------------------------------------
 def attend(kv_type):
-    """Return `attend[type]`: softmax(q K^T * scale) V for the query heads of one KV head (`part`)."""
-    load, size = _elements(kv_type)
+    """Return `attend[type]`: softmax(q K^T * scale) V for the query heads of one KV head.
+
+    A part is a KV head, or one span of it; then its sums go to `partials`, a row for each token and
+    span: sums f32 (heads, E) | (maximum, sum) f32 (heads, 2).
+    """
+    size = KV_NBYTES[kv_type]
+    score6, weigh6 = _products(kv_type, 6, 2)
+    score4, weigh4 = _products(kv_type, 4, 2)
+    score3, weigh3 = _products(kv_type, 3, 2)
+    score2, weigh2 = _products(kv_type, 2, 4)
+    score1, weigh1 = _products(kv_type, 1, 4)
 
     @inline
-    def tile6(out, out_stride, a, a_stride, factor, b, b_stride, depth):
-        """16 columns of out (6 rows) = out * factor + a (6, depth) @ b (depth, 16)."""
-        f = broadcast_f32(factor)
-        a0 = load_f32x8(out) * f
-        a1 = load_f32x8(out + 32) * f
-        out1 = out + out_stride
-        f = broadcast_f32(factor + 4)
-        b0 = load_f32x8(out1) * f
-        b1 = load_f32x8(out1 + 32) * f
-        out2 = out1 + out_stride
-        f = broadcast_f32(factor + 8)
-        c0 = load_f32x8(out2) * f
-        c1 = load_f32x8(out2 + 32) * f
-        out3 = out2 + out_stride
-        f = broadcast_f32(factor + 12)
-        d0 = load_f32x8(out3) * f
-        d1 = load_f32x8(out3 + 32) * f
-        out4 = out3 + out_stride
-        f = broadcast_f32(factor + 16)
-        e0 = load_f32x8(out4) * f
-        e1 = load_f32x8(out4 + 32) * f
-        out5 = out4 + out_stride
-        f = broadcast_f32(factor + 20)
-        f0 = load_f32x8(out5) * f
-        f1 = load_f32x8(out5 + 32) * f
-        for k in range(depth):
-            u = load(b + k * b_stride)
-            v = load(b + k * b_stride + 8 * size)
-            at = a + k * 4
-            y = broadcast_f32(at)
-            a0 = fma(u, y, a0)
-            a1 = fma(v, y, a1)
-            at += a_stride
-            y = broadcast_f32(at)
-            b0 = fma(u, y, b0)
-            b1 = fma(v, y, b1)
-            at += a_stride
-            y = broadcast_f32(at)
-            c0 = fma(u, y, c0)
-            c1 = fma(v, y, c1)
-            at += a_stride
-            y = broadcast_f32(at)
-            d0 = fma(u, y, d0)
-            d1 = fma(v, y, d1)
-            at += a_stride
-            y = broadcast_f32(at)
-            e0 = fma(u, y, e0)
-            e1 = fma(v, y, e1)
-            at += a_stride
-            y = broadcast_f32(at)
-            f0 = fma(u, y, f0)
-            f1 = fma(v, y, f1)
-        store_f32x8(out, a0)
-        store_f32x8(out + 32, a1)
-        store_f32x8(out1, b0)
-        store_f32x8(out1 + 32, b1)
-        store_f32x8(out2, c0)
-        store_f32x8(out2 + 32, c1)
-        store_f32x8(out3, d0)
-        store_f32x8(out3 + 32, d1)
-        store_f32x8(out4, e0)
-        store_f32x8(out4 + 32, e1)
-        store_f32x8(out5, f0)
-        store_f32x8(out5 + 32, f1)
+    def score(n, to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide):
+        if n == 5:
+            to4 = to + 4 * SCORES_NBYTES
+            a4 = a + 4 * a_stride
+            score4(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+            score1(to4, a4, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+        elif n == 6:
+            score6(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+        elif n == 4:
+            score4(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+        elif n == 3:
+            score3(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+        elif n == 2:
+            score2(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
+        else:
+            score1(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
 
     @inline
-    def tile1(out, a, factor, b, b_stride, depth):
-        """The same for one row and 32 columns: four chains."""
-        f = broadcast_f32(factor)
-        a0 = load_f32x8(out) * f
-        a1 = load_f32x8(out + 32) * f
-        a2 = load_f32x8(out + 64) * f
-        a3 = load_f32x8(out + 96) * f
-        for k in range(depth):
-            y = broadcast_f32(a + k * 4)
-            at = b + k * b_stride
-            a0 = fma(load(at), y, a0)
-            a1 = fma(load(at + 8 * size), y, a1)
-            a2 = fma(load(at + 16 * size), y, a2)
-            a3 = fma(load(at + 24 * size), y, a3)
-        store_f32x8(out, a0)
-        store_f32x8(out + 32, a1)
-        store_f32x8(out + 64, a2)
-        store_f32x8(out + 96, a3)
+    def weigh(n, to, to_stride, weights, base, page_nbytes, pages, n_pages, wide):
+        if n == 5:
+            to4 = to + 4 * to_stride
+            weights4 = weights + 4 * SCORES_NBYTES
+            weigh4(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
+            weigh1(to4, to_stride, weights4, base, page_nbytes, pages, n_pages, wide)
+        elif n == 6:
+            weigh6(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
+        elif n == 4:
+            weigh4(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
+        elif n == 3:
+            weigh3(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
+        elif n == 2:
+            weigh2(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
+        else:
+            weigh1(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
 
     def operation(
         step, part, first, count, scratch,
-        out, out_stride, q, q_stride, cache, head_nbytes, n_group, head_size, window,
-        scale: float, cap: float,
+        out, out_stride, q, q_stride, cache, head_nbytes, page_nbytes, partials, partials_stride,
+        n_kv_heads, n_group, head_size, window, scale: float, cap: float,
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
         tables = load_i64(step + STEP_TABLES)
+        n_spans = load_i64(step + STEP_N_SPANS)
+        kv_head = part % n_kv_heads
+        base = cache + kv_head * head_nbytes
         wide = (head_size + 31) // 32 * 32
-        keys_nbytes = PAGE * wide * size
-        head_nbytes_f32 = head_size * 4
         row_nbytes = wide * 4
+        vector_nbytes = head_size * 4
         n_rows = count * n_group
-        # scratch: zeros | factors | state (maximum, sum) x 6 | scores (6, 32) | q, sums (6, E) each
-        zeros = scratch
-        factors = scratch + 32
-        state = scratch + 64
-        scores = scratch + 128
-        queries = scores + ROWS * PAGE * 4
+        factor = splat_f32(scale * _LOG2E)
+        # scratch: states of a span | scores (6, SPAN) | q (6, E) | sums (6, E) | states of all rows
+        span_states = scratch
+        scores = scratch + 64
+        queries = scores + ROWS * SCORES_NBYTES
         sums = queries + ROWS * row_nbytes
-        base = cache + part * head_nbytes
-        store_f32x8(zeros, zero_f32x8())
+        states = sums + ROWS * row_nbytes
 
-        row = 0
-        while row < n_rows:
-            token = first + row // n_group
-            table = load_i64(tables + 8 * token)
-            n = 1
-            while (
-                n < ROWS
-                and row + n < n_rows
-                and load_i64(tables + 8 * (first + (row + n) // n_group)) == table
-            ):
-                n += 1
-            low = 1 << 40
-            high = 0
-            for r in range(n):
-                t = first + (row + r) // n_group
-                head = part * n_group + (row + r) % n_group
-                position = load_i32(positions + 4 * t)
-                high = max(high, position + 1)
-                low = min(low, position + 1 - window) if window > 0 else 0
-                source = q + t * q_stride + head * head_nbytes_f32
-                for i in range(0, head_nbytes_f32, 32):
-                    store_f32x8(queries + r * row_nbytes + i, load_f32x8(source + i))
-                for i in range(0, row_nbytes, 32):
-                    store_f32x8(sums + r * row_nbytes + i, zero_f32x8())
-                store_f32(state + r * 8, _LOWEST)
-                store_f32(state + r * 8 + 4, np.float32(0.0))
-            for page in range(max(low, 0) // PAGE, (high + PAGE - 1) // PAGE):
-                at = base + load_i32(table + 4 * page) * 2 * keys_nbytes
-                for i in range(0, n * PAGE * 4, 32):
-                    store_f32x8(scores + i, zero_f32x8())
-                if n == ROWS:
-                    for c in range(0, PAGE, 16):
-                        tile6(
-                            scores + c * 4, PAGE * 4, queries, row_nbytes, zeros,
-                            at + c * size, PAGE * size, head_size,
-                        )  # fmt: skip
-                else:
-                    for r in range(n):
-                        tile1(
-                            scores + r * PAGE * 4, queries + r * row_nbytes, zeros,
-                            at, PAGE * size, head_size,
-                        )  # fmt: skip
+        first_span = 1 << 40
+        last_span = -1
+        for row in range(n_rows):
+            t = first + row // n_group
+            position = load_i32(positions + 4 * t)
+            low = max(0, position + 1 - window) if window > 0 else 0
+            first_span = min(first_span, low // SPAN)
+            last_span = max(last_span, position // SPAN)
+            if n_spans == 1:
+                head = kv_head * n_group + row % n_group
+                clear_row(out + t * out_stride + head * vector_nbytes, states + row * 8,
+                          vector_nbytes)  # fmt: skip
+        if n_spans > 1:
+            first_span = max(first_span, part // n_kv_heads)
+            last_span = min(last_span, part // n_kv_heads)
+
+        for span in range(first_span, last_span + 1):
+            row = 0
+            while row < n_rows:
+                # As many rows of one sequence as there are, up to six.
+                table = load_i64(tables + 8 * (first + row // n_group))
+                low = 1 << 40
+                high = 0
+                n = 0
+                while n < ROWS and row + n < n_rows:
+                    t = first + (row + n) // n_group
+                    if load_i64(tables + 8 * t) != table:
+                        break
+                    position = load_i32(positions + 4 * t)
+                    high = max(high, position + 1)
+                    low = min(low, max(0, position + 1 - window)) if window > 0 else 0
+                    n += 1
+                first_page = max(low // PAGE, span * PAGES)
+                n_pages = min((high + PAGE - 1) // PAGE, (span + 1) * PAGES) - first_page
+                if n_pages <= 0:
+                    row += n
+                    continue
+                pages = table + 4 * first_page
+                start = first_page * PAGE
+                for r in range(n):
+                    t = first + (row + r) // n_group
+                    head = kv_head * n_group + (row + r) % n_group
+                    source = q + t * q_stride + head * vector_nbytes
+                    for i in range(0, vector_nbytes, 32):
+                        store_f32x8(queries + r * row_nbytes + i, load_f32x8(source + i) * factor)
+                score(n, scores, queries, row_nbytes, base, page_nbytes, pages, n_pages,
+                      head_size, wide)  # fmt: skip
                 for r in range(n):
                     position = load_i32(positions + 4 * (first + (row + r) // n_group))
-                    visible = max(0, min(PAGE, position + 1 - page * PAGE))
-                    hidden = max(0, position + 1 - window - page * PAGE) if window > 0 else 0
-                    softmax_page(
-                        scores + r * PAGE * 4, factors + r * 4, state + r * 8,
-                        hidden, visible, scale, cap,
-                    )  # fmt: skip
-                values = at + keys_nbytes
-                if n == ROWS:
-                    for c in range(0, wide, 16):
-                        tile6(
-                            sums + c * 4, row_nbytes, scores, PAGE * 4, factors,
-                            values + c * size, wide * size, PAGE,
-                        )  # fmt: skip
-                else:
-                    for r in range(n):
-                        for c in range(0, wide, 32):
-                            tile1(
-                                sums + r * row_nbytes + c * 4, scores + r * PAGE * 4,
-                                factors + r * 4, values + c * size, wide * size, PAGE,
-                            )  # fmt: skip
-            for r in range(n):
-                t = first + (row + r) // n_group
-                head = part * n_group + (row + r) % n_group
-                to = out + t * out_stride + head * head_nbytes_f32
-                share = splat_f32(np.float32(1.0) / load_f32(state + r * 8 + 4))
-                for i in range(0, head_nbytes_f32, 32):
-                    store_f32x8(to + i, load_f32x8(sums + r * row_nbytes + i) * share)
-            row += n
+                    seen = position + 1 - start
+                    hidden = max(0, seen - window) if window > 0 else 0
+                    softmax(scores + r * SCORES_NBYTES, n_pages * PAGE, hidden, seen,
+                            cap * _LOG2E, span_states + r * 8)  # fmt: skip
+                    if size == 1:
+                        scale_weights(scores + r * SCORES_NBYTES, base, page_nbytes, pages,
+                                      n_pages, (2 * wide + wide // BLOCK * 4) * PAGE)  # fmt: skip
+                weigh(n, sums, row_nbytes, scores, base, page_nbytes, pages, n_pages, wide)
+                for r in range(n):
+                    t = first + (row + r) // n_group
+                    head = kv_head * n_group + (row + r) % n_group
+                    if n_spans == 1:
+                        merge_row(out + t * out_stride + head * vector_nbytes,
+                                  states + (row + r) * 8, sums + r * row_nbytes,
+                                  span_states + r * 8, vector_nbytes)  # fmt: skip
+                    else:
+                        to = partials + (t * n_spans + span) * partials_stride
+                        for i in range(0, vector_nbytes, 32):
+                            store_f32x8(to + head * vector_nbytes + i,
+                                        load_f32x8(sums + r * row_nbytes + i))  # fmt: skip
+                        to += n_kv_heads * n_group * vector_nbytes + head * 8
+                        store_i64(to, load_i64(span_states + r * 8))
+                row += n
+
+        if n_spans == 1:
+            for row in range(n_rows):
+                t = first + row // n_group
+                head = kv_head * n_group + row % n_group
+                finish_row(out + t * out_stride + head * vector_nbytes, states + row * 8,
+                           vector_nbytes)  # fmt: skip
 
     return operation
+
+
+def merge(
+    step, part, first, count, scratch,
+    out, out_stride, i8, i8_stride, i16, i16_stride, partials, partials_stride,
+    n_heads, head_size, window,
+):  # fmt: skip
+    """Put the spans of every row together where `attend` shared them out; write the byte forms."""
+    positions = load_i64(step + STEP_POSITIONS)
+    n_spans = load_i64(step + STEP_N_SPANS)
+    vector_nbytes = head_size * 4
+    for t in range(first, first + count):
+        row = out + t * out_stride
+        if n_spans > 1:
+            position = load_i32(positions + 4 * t)
+            first_span = max(0, position + 1 - window) // SPAN if window > 0 else 0
+            for head in range(n_heads):
+                to = row + head * vector_nbytes
+                clear_row(to, scratch, vector_nbytes)
+                for span in range(first_span, position // SPAN + 1):
+                    at = partials + (t * n_spans + span) * partials_stride
+                    state = at + n_heads * vector_nbytes + head * 8
+                    merge_row(to, scratch, at + head * vector_nbytes, state, vector_nbytes)
+                finish_row(to, scratch, vector_nbytes)
+        write_forms(t, row, out_stride // 128, i8, i8_stride, i16, i16_stride)

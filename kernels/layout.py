@@ -10,6 +10,21 @@ I8_NBYTES = 52
 I16_NBYTES = 68
 ACTIVATION_NBYTES = {"i8": I8_NBYTES, "i16": I16_NBYTES, "f32": 128}
 
+# --- the KV cache: see `kv.py` --------------------------------------------------------------------
+PAGE = 32  # positions
+SPAN = 256  # positions over which attention sums before it merges: part of what a result is
+SPLIT_TOKENS = 8  # steps of at most so many tokens share their spans out among threads
+SPLIT_ROWS = 1024  # (token, span) pairs that there is room for
+KV_NBYTES = {"f16": 2, "f32": 4, "q8_0": 1}  # of an element
+
+
+def kv_page_nbytes(kv_type: str, head_size: int) -> int:
+    """Bytes of a page of one KV head."""
+    n_blocks = (head_size + 31) // 32
+    scales = (n_blocks + 1) * PAGE * 4 if kv_type == "q8_0" else 0
+    return 2 * PAGE * n_blocks * 32 * KV_NBYTES[kv_type] + scales
+
+
 # --- the step: what this call evaluates -----------------------------------------------------------
 STEP_N_TOKENS = 0  # T
 STEP_N_OUT = 8  # rows whose logits are wanted
@@ -17,6 +32,7 @@ STEP_IDS = 16  # address, i32 (T,)
 STEP_POSITIONS = 24  # address, i32 (T,)
 STEP_TABLES = 32  # address, i64 (T,): address of the i32 page table of each token's sequence
 STEP_OUT_ROWS = 40  # address, i32 (n_out,): token index of each wanted row
+STEP_N_SPANS = 48  # spans of positions that attention shares out among threads; 1: it does not
 STEP_NBYTES = 64
 
 # --- an operation record --------------------------------------------------------------------------
@@ -25,6 +41,7 @@ RECORD_PARTS = 8  # pieces that the output rows (or heads) are cut into
 RECORD_TOKENS = 16  # tokens per chunk
 RECORD_COUNT = 24  # offset in the step of the token count this operation runs over
 RECORD_WAIT = 32  # operations before this index must be complete first
+RECORD_OF_SPANS = 40  # 1: there are `parts` pieces for each of the step's spans
 RECORD_ARGUMENTS = 64
 RECORD_NBYTES = 256
 MAX_ARGUMENTS = (RECORD_NBYTES - RECORD_ARGUMENTS) // 8

@@ -155,6 +155,16 @@ def _op3(result, emit):
     return operation
 
 
+def _op4(result, emit):
+    run = _operation(result, emit)
+
+    @intrinsic
+    def operation(typingctx, a, b, c, d):
+        return run(typingctx, a, b, c, d)
+
+    return operation
+
+
 def _op0(result, emit):
     run = _operation(result, emit)
 
@@ -427,7 +437,96 @@ def _exp(builder, x):
 
 
 exp = _op1(F32x8, _exp)
+
+
+def _exp2(builder, x):
+    """2^x for x <= 0; below -125 exactly 0, and 2^0 exactly 1. Error under 2 ulp.
+
+    Source: Cephes' exp2f coefficients.
+    """
+    shifted = builder.fadd(x, splat(f32, 8, _ROUND))
+    r = builder.fsub(x, builder.fsub(shifted, splat(f32, 8, _ROUND)))
+    p = splat(f32, 8, 1.535336188319500e-4)
+    for c in (
+        1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1,
+        6.931472028550421e-1, 1.0,
+    ):  # fmt: skip
+        p = lowering.fma(builder, p, r, splat(f32, 8, c))
+    exponent = builder.shl(builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, 23))
+    result = builder.add(builder.bitcast(p, vector(i32, 8)), exponent)
+    seen = builder.fcmp_ordered(">", x, splat(f32, 8, -125.0))
+    return builder.select(seen, builder.bitcast(result, vector(f32, 8)), splat(f32, 8, 0.0))
+
+
+exp2 = _op1(F32x8, _exp2)
 sqrt_f32 = _op1(types.float32, lambda b, v: call(b, "llvm.sqrt.f32", f32, v))
+
+
+# --- tiles: rows x columns of sums in registers, a column being 8 floats wide --------------------
+_tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
+
+
+def _as_tile(builder, values):
+    tile = ir.Constant(ir.ArrayType(vector(f32, 8), len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        tile = builder.insert_value(tile, value, i)
+    return tile
+
+
+def _values(builder, tile):
+    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
+
+
+_LOADS = {
+    "f32": (4, lambda b, a: _load(b, a, vector(f32, 8))),
+    "f16": (2, lambda b, a: lowering.f16_to_f32(b, _load(b, a, vector(i16, 8)))),
+    "i8": (1, lambda b, a: b.sitofp(_load(b, a, vector(i8, 8)), vector(f32, 8))),
+}
+
+
+def tile_load(kind, columns):
+    """Return load(address): neighbouring elements of a kind, as one row."""
+    nbytes, load = _LOADS[kind]
+
+    def emit(builder, address):
+        at = [builder.add(address, i64(8 * nbytes * c)) for c in range(columns)]
+        return _as_tile(builder, [load(builder, a) for a in at])
+
+    return _op1(_tiles[columns], emit)
+
+
+def tile_operations(rows, columns):
+    """Return zero(), add(tile, row, at, stride), add_scaled(tile, other, row), store(to, stride, tile).
+
+    `add` adds the products of a row with the floats at `at`, `at + stride` ..., one for each row of
+    the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
+    """
+    tile_type = _tiles[rows * columns]
+
+    def add(builder, tile, row, at, stride):
+        sums, row = _values(builder, tile), _values(builder, row)
+        for r in range(rows):
+            y = _splat_value(builder, _load(builder, at, f32), 8)
+            for c in range(columns):
+                i = r * columns + c
+                sums[i] = lowering.fma(builder, row[c], y, sums[i])
+            at = builder.add(at, stride)
+        return _as_tile(builder, sums)
+
+    def add_scaled(builder, tile, other, row):
+        row = _values(builder, row)
+        pairs = zip(_values(builder, other), _values(builder, tile), strict=True)
+        sums = [lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)]
+        return _as_tile(builder, sums)
+
+    def store(builder, to, stride, tile):
+        for i, value in enumerate(_values(builder, tile)):
+            _store(builder, builder.add(to, i64(i % columns * 32)), value)
+            if i % columns == columns - 1:
+                to = builder.add(to, stride)
+
+    zero = _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
+    return zero, _op4(tile_type, add), _op3(tile_type, add_scaled), _op3(types.void, store)
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from .layout import (
     RECORD_COUNT,
     RECORD_FUNCTION,
     RECORD_NBYTES,
+    RECORD_OF_SPANS,
     RECORD_PARTS,
     RECORD_TOKENS,
     RECORD_WAIT,
+    STEP_N_SPANS,
     STEP_NBYTES,
     TEAM_COUNTERS,
     TEAM_EPOCH,
@@ -54,10 +56,18 @@ def back_off(team, n_waits):
 
 
 @inline
+def parts_of(record, step):
+    parts = load_i64(record + RECORD_PARTS)
+    if load_i64(record + RECORD_OF_SPANS) != 0:
+        parts *= load_i64(step + STEP_N_SPANS)
+    return parts
+
+
+@inline
 def n_chunks_of(record, step):
     per_chunk = load_i64(record + RECORD_TOKENS)
     n_tokens = load_i64(step + load_i64(record + RECORD_COUNT))
-    return load_i64(record + RECORD_PARTS) * ((n_tokens + per_chunk - 1) // per_chunk)
+    return parts_of(record, step) * ((n_tokens + per_chunk - 1) // per_chunk)
 
 
 @inline
@@ -90,7 +100,7 @@ def run_table(team, epoch, first, last, thread):
             if wait_for(team, counters + done * COUNTER_NBYTES, epoch, n_chunks) == 0:
                 return
             done += 1
-        parts = load_i64(record + RECORD_PARTS)
+        parts = parts_of(record, step)
         per_chunk = load_i64(record + RECORD_TOKENS)
         n_tokens = load_i64(step + load_i64(record + RECORD_COUNT))
         n_chunks = n_chunks_of(record, step)

@@ -50,6 +50,7 @@ def fill_record(
     tokens: int = 1,
     count: int = layout.STEP_N_TOKENS,
     wait: int = 0,
+    of_spans: int = 0,
 ) -> None:
     """Write an operation into its record i64 (RECORD_NBYTES / 8,); fields as in `layout.py`."""
     assert set(arguments) == set(operation.arguments), (arguments, operation.arguments)
@@ -58,6 +59,7 @@ def fill_record(
     row[layout.RECORD_TOKENS // 8] = tokens
     row[layout.RECORD_COUNT // 8] = count
     row[layout.RECORD_WAIT // 8] = wait
+    row[layout.RECORD_OF_SPANS // 8] = of_spans
     for i, name in enumerate(operation.arguments, layout.RECORD_ARGUMENTS // 8):
         if name in operation.floats:
             row[i : i + 1].view(np.float32)[0] = arguments[name]

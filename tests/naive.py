@@ -39,6 +39,15 @@ def round_activations(x: np.ndarray, form: str) -> np.ndarray:
     return (codes * scale).reshape(n_rows, -1)[:, :n_cols].astype(x.dtype)
 
 
+def round_rows(x: np.ndarray, group: int) -> np.ndarray:
+    """Round (..., E) to 8 bits with a scale for every `group` elements of the last axis."""
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [flat[:, i : i + group] for i in range(0, flat.shape[1], group)]
+    scales = [np.abs(part).max(axis=1, keepdims=True) / 127.0 for part in parts]
+    rounded = [np.rint(p / np.where(s > 0, s, 1.0)) * s for p, s in zip(parts, scales, strict=True)]
+    return np.concatenate(rounded, axis=1).reshape(x.shape).astype(x.dtype)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / rms(x) * weight over the last axis."""
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
@@ -76,7 +85,7 @@ class NaiveModel:
         *,
         dtype: Any = np.float64,
         rounds: bool = False,
-        f16_cache: bool = False,
+        kv_type: str = "f32",
     ) -> None:
         """`rounds`: the inputs of projections are rounded to the form their kernels take."""
         from edgellama.gguf import open_gguf
@@ -84,7 +93,7 @@ class NaiveModel:
         self.file = open_gguf(path)
         self.dtype = dtype
         self.rounds = rounds
-        self.f16_cache = f16_cache
+        self.kv_type = kv_type
         self.arch = self.file.metadata["general.architecture"]
         self.gemma = self.arch == "gemma3"
         self.n_layers = int(self.key("block_count"))
@@ -193,7 +202,10 @@ class NaiveModel:
             k = rms_norm(k, self.weight(f"{blk}.attn_k_norm.weight"), self.eps)
         q = self.rotate(q, local=local)
         k = self.rotate(k, local=local)
-        if self.f16_cache:
+        if self.kv_type == "q8_0":
+            k = round_rows(k, 32)
+            v = round_rows(v, self.head_size)
+        if self.kv_type == "f16":
             k = k.astype(np.float16).astype(self.dtype)
             v = v.astype(np.float16).astype(self.dtype)
         distance = np.arange(n)[:, None] - np.arange(n)[None, :]

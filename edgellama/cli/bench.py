@@ -43,7 +43,7 @@ _BATCH, _UBATCH, _KV = ("2048",), ("512",), "f16"
 )  # fmt: skip
 @click.option(
     "-ctk", "--cache-type-k", metavar="LIST", default=_KV, show_default=True,
-    help="Type of cached keys: f16 or f32.",
+    help="Type of cached keys: f16, f32 or q8_0.",
 )  # fmt: skip
 @click.option(
     "-ctv", "--cache-type-v", metavar="LIST", default=_KV, show_default=True,

@@ -26,7 +26,7 @@ from edgellama.errors import UsageError
 @click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; physical cores.")
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of the text.")
 @click.option(
-    "--kv-type", type=click.Choice(["f16", "f32"]), default="f16", show_default=True,
+    "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
     help="Type of cached keys and values.",
 )  # fmt: skip
 @click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")

@@ -14,14 +14,11 @@ import numpy as np
 
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS, padded
+from edgellama.kernels.layout import PAGE, kv_page_nbytes
 from edgellama.models import FAMILIES, Builder
 from edgellama.models.config import ModelConfig
 
-from .kvcache import PAGE
 from .program import Program, Record, Weight
-
-_ELEMENT_NBYTES = {"f16": 2, "f32": 4}
-
 
 FORMS = ("f32", "i16", "i8")
 """Forms of activations, from slow to fast."""
@@ -53,7 +50,7 @@ class CostModel:
     def __init__(self, gguf: GGUFFile, config: ModelConfig, kv_type: str) -> None:
         self._config = config
         self._tensors = gguf.tensors
-        self._element_nbytes = _ELEMENT_NBYTES[kv_type]
+        self._page_nbytes = kv_page_nbytes(kv_type, config.head_size)
         builder = Builder(config, gguf.tensors)
         self.program = Program(builder, FAMILIES[config.arch](builder), kv_type)
         attends = [r for r in self.program.records if r.operation.startswith("attention.attend")]
@@ -113,10 +110,9 @@ class CostModel:
         seen = np.arange(first + 1, first + n_tokens + 1)
         oldest = max(0, first + 1 - window) if window else 0
         n_pages = -(-(first + n_tokens) // PAGE) - oldest // PAGE
-        page_nbytes = 2 * PAGE * padded(c.head_size) * self._element_nbytes
         visible = int(np.minimum(seen, window).sum() if window else seen.sum())
         macs = 2 * c.n_heads * c.head_size * visible
-        return Cost(n_pages * page_nbytes * c.n_kv_heads, Cost().macs | {"f32": macs})
+        return Cost(n_pages * self._page_nbytes * c.n_kv_heads, Cost().macs | {"f32": macs})
 
 
 def _window(record: Record) -> int:

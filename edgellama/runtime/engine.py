@@ -36,7 +36,7 @@ from .program import Program
 from .rope import rope_table
 from .weights import Weights
 
-KV_TYPES = ("f16", "f32")
+KV_TYPES = ("f16", "f32", "q8_0")
 _N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
 _CALL_S = 0.15
 
@@ -263,6 +263,9 @@ class Engine:
                 wanted.append(n - 1)
         self._step[layout.STEP_N_TOKENS // 8] = n
         self._step[layout.STEP_N_OUT // 8] = 0
+        n_spans = int(self._positions[:n].max()) // layout.SPAN + 1
+        few = n <= layout.SPLIT_TOKENS and n * n_spans <= layout.SPLIT_ROWS
+        self._step[layout.STEP_N_SPANS // 8] = n_spans if few else 1
         return wanted
 
     def _head(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 A page holds 32 positions of every layer and KV head. A sequence has a table of pages; full pages are
 known by a hash that chains over all tokens before them, so that a later sequence with the same
-beginning takes them instead of computing them.  Bytes and their layout: `kernels/attention.py`.
+beginning takes them instead of computing them.  Bytes and their layout: `kernels/kv.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from edgellama.errors import ContextOverflowError, OutOfMemoryError
-from edgellama.kernels.blocks import padded
+from edgellama.kernels.layout import PAGE, kv_page_nbytes
 
 from .memory import small_pages
-
-PAGE = 32
 
 
 class Sequence:
@@ -38,15 +36,15 @@ class Sequence:
 
 
 class KVCache:
-    """Pages of `kv_type` ("f16" or "f32") for all layers."""
+    """Pages of `kv_type` ("f16", "f32" or "q8_0") for all layers."""
 
     def __init__(
         self, *, n_layers: int, n_kv_heads: int, head_size: int, n_pages: int, kv_type: str
     ) -> None:
         self.kv_type = kv_type
         self.n_pages = n_pages
-        page_nbytes = 2 * PAGE * padded(head_size) * (4 if kv_type == "f32" else 2)
-        self.head_nbytes = n_pages * page_nbytes
+        self.page_nbytes = kv_page_nbytes(kv_type, head_size)  # of one head
+        self.head_nbytes = n_pages * self.page_nbytes
         self._layer_nbytes = n_kv_heads * self.head_nbytes
         try:
             self._memory = small_pages(n_layers * self._layer_nbytes)

@@ -34,6 +34,7 @@ class Slot:
 
     stride: int
     of_out_rows: bool
+    n_rows: int = 0  # where it does not follow from the step
     last_writer: int = -1
     readers: list[int] = field(default_factory=list)
 
@@ -45,9 +46,10 @@ class Weight(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The address of a layer's pages."""
+    """The address of a layer's pages, or without a layer a size of the cache by its name."""
 
-    layer: int
+    layer: int = -1
+    size: str = ""
 
 
 Argument = int | float | Slot | Weight | Cache | RopeConfig
@@ -62,6 +64,7 @@ class Record:
     parts: int = 1
     tokens: int = 8
     of_out_rows: bool = False
+    of_spans: bool = False  # cut into the step's spans besides
     wait: int = 0
     n_macs: int = 0  # per token
 
@@ -71,6 +74,7 @@ class KVShape(Protocol):
 
     kv_type: str
     head_nbytes: int
+    page_nbytes: int
 
     def layer_address(self, layer: int) -> int: ...
 
@@ -90,6 +94,7 @@ class Program:
         self._forms: dict[str, dict[Tensor, Slot]] = {"f32": {}, "i8": {}, "i16": {}}
         self._floats = self._forms["f32"]
         self._uses: dict[Tensor, int] = {}
+        self._partials: Slot | None = None
         self._kv = Slot(0, False)  # stands for the cache in the order of records
         for node in builder.nodes:
             for tensor in node.inputs:
@@ -112,6 +117,14 @@ class Program:
         stride = padded(tensor.width) // 32 * layout.ACTIVATION_NBYTES[form]
         slot = self._forms[form][tensor] = self._slot(stride, tensor.of_out_rows)
         return slot
+
+    def _slot_of_partials(self) -> Slot:
+        """The sums of spans that `attend` leaves to `merge`: one slot for all layers."""
+        if self._partials is None:
+            stride = padded(self.config.n_heads * (self.config.head_size + 2) * 4, 64)
+            self._partials = Slot(stride, False, layout.SPLIT_ROWS)
+            self.slots.append(self._partials)
+        return self._partials
 
     def _used(self, *tensors: Tensor) -> None:
         """Count a use; after the last one the tensor's slots are free again."""
@@ -293,11 +306,13 @@ class Program:
         k, v = node.inputs
         self._record(
             Record(
-                f"attention.store_kv[{self.kv_type}]",
+                f"kv.store[{self.kv_type}]",
                 {
                     "k": self._floats[k], "k_stride": self._floats[k].stride,
                     "v": self._floats[v], "v_stride": self._floats[v].stride,
-                    "cache": Cache(node.settings["layer"]), "head_nbytes": Cache(-1),
+                    "cache": Cache(node.settings["layer"]),
+                    "head_nbytes": Cache(size="head_nbytes"),
+                    "page_nbytes": Cache(size="page_nbytes"),
                     "n_heads": self.config.n_kv_heads, "head_size": self.config.head_size,
                 },
             ),
@@ -308,21 +323,41 @@ class Program:
     def _lower_attend(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         q, stored = node.inputs
         out = self._form_slot(node.output)
+        forms = self._write_forms(node.output, nodes)
         c = self.config
+        partials = self._slot_of_partials()
         self._record(
             Record(
                 f"attention.attend[{self.kv_type}]",
                 {
                     "out": out, "out_stride": out.stride,
                     "q": self._floats[q], "q_stride": self._floats[q].stride,
-                    "cache": Cache(node.settings["layer"]), "head_nbytes": Cache(-1),
-                    "n_group": c.n_heads // c.n_kv_heads, "head_size": c.head_size,
-                    "window": node.settings["window"], "scale": float(node.settings["scale"]),
-                    "cap": float(node.settings["soft_cap"]),
+                    "cache": Cache(node.settings["layer"]),
+                    "head_nbytes": Cache(size="head_nbytes"),
+                    "page_nbytes": Cache(size="page_nbytes"),
+                    "partials": partials, "partials_stride": partials.stride,
+                    "n_kv_heads": c.n_kv_heads, "n_group": c.n_heads // c.n_kv_heads,
+                    "head_size": c.head_size, "window": node.settings["window"],
+                    "scale": float(node.settings["scale"]), "cap": float(node.settings["soft_cap"]),
                 },
                 parts=c.n_kv_heads,
+                tokens=layout.SPLIT_TOKENS,
+                of_spans=True,
             ),
-            (self._floats[q], self._kv), (out,),
+            (self._floats[q], self._kv), (out, partials),
+        )  # fmt: skip
+        self._record(
+            Record(
+                "attention.merge",
+                {
+                    "out": out, "out_stride": out.stride,
+                    **_form_arguments(forms),
+                    "partials": partials, "partials_stride": partials.stride,
+                    "n_heads": c.n_heads, "head_size": c.head_size,
+                    "window": node.settings["window"],
+                },
+            ),
+            (out, partials), (out, *forms.values()),
         )  # fmt: skip
         self._used(q, stored)
 
@@ -413,7 +448,9 @@ class Program:
             if record.operation.startswith("matmul.project"):
                 most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
             if record.operation.startswith("attention.attend"):
-                most = max(most, 1024 + 48 * padded(int(a["head_size"])))  # type: ignore[arg-type]
+                row, n_group = 4 * padded(int(a["head_size"])), int(a["n_group"])  # type: ignore[arg-type]
+                states = layout.SPLIT_TOKENS * n_group * 8
+                most = max(most, 64 + 6 * (4 * layout.SPAN + 2 * row) + states)
         return most
 
     def bind(
@@ -427,7 +464,10 @@ class Program:
         n_out: int,
     ) -> BoundProgram:
         """Lay out the arena and write the table."""
-        sizes = [slot.stride * (n_out if slot.of_out_rows else n_batch) for slot in self.slots]
+        sizes = [
+            slot.stride * (slot.n_rows or (n_out if slot.of_out_rows else n_batch))
+            for slot in self.slots
+        ]
         offsets = np.cumsum([0, *(padded(size, 64) for size in sizes)])
         arena = small_pages(int(offsets[-1]))
         base = arena.ctypes.data
@@ -439,8 +479,9 @@ class Program:
                     return address[argument]
                 case Weight(name):
                     return weights.address(name)  # type: ignore[attr-defined]
-                case Cache(-1):
-                    return cache.head_nbytes
+                case Cache(-1, size):
+                    nbytes: int = getattr(cache, size)
+                    return nbytes
                 case Cache(layer):
                     return cache.layer_address(layer)
                 case RopeConfig():
@@ -458,6 +499,7 @@ class Program:
                 tokens=record.tokens,
                 count=layout.STEP_N_OUT if record.of_out_rows else layout.STEP_N_TOKENS,
                 wait=record.wait,
+                of_spans=record.of_spans,
             )
         logits = address[self.logits] - base
         rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)

@@ -1,0 +1,101 @@
+"""The pages of the KV cache: their layout, and the writing of new keys and values into them.
+
+A page holds 32 positions of one head.  Keys are transposed, so that lanes are positions and scores need
+no sums across lanes; E is the head size padded to a multiple of 32:
+
+    K (E, 32) | V (32, E)                                                    f16, f32
+    K i8 (E, 32) | V i8 (32, E) | K scales f32 (E/32, 32) | V scales (32,)   q8_0
+
+A position of q8_0 has a scale for every 32 elements of its key and one for its value.  One for the whole
+key would not do: the heads of 256 elements of Gemma 3 270M then add 0.0043 to the mean KL, with one per
+32 elements 0.0004, and values 0.0001 (SmolLM2-135M: 0.0007, 0.0004, 0.0001).
+
+Who owns which page is the runtime's business (`edgellama/runtime/kvcache.py`); who reads them is
+`attention.py`.  Source: Kwon et al., PagedAttention, 2023.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .layout import KV_NBYTES, PAGE, STEP_POSITIONS, STEP_TABLES
+from .quantize import peak_to
+from .simd import *
+from .simd import inline
+
+BLOCK = 32  # elements of a key that share a scale
+
+
+@inline
+def finite(a, limit):
+    """What is beyond the limits would become NaN in positions that are not to be seen."""
+    return maximum(minimum(a, splat_f32(limit)), splat_f32(-limit))
+
+
+@inline
+def quantize_row(to, x, n):
+    """Write n floats as bytes to `to`; return their scale."""
+    limit = np.float32(1e30)
+    peak = zero_f32x8()
+    for i in range(0, n, 8):
+        peak = maximum(peak, absolute(finite(load_f32x8(x + i * 4), limit)))
+    inverse, scale = peak_to(np.float32(127.0), max_lanes(peak))
+    for i in range(0, n, 8):
+        store_rounded_i8x8(to + i, finite(load_f32x8(x + i * 4), limit) * inverse)
+    return scale
+
+
+def store(kv_type):
+    """Return `store[type]`: write the keys and values of every token to its page."""
+    size = KV_NBYTES[kv_type]
+    limit = np.float32(65504.0) if kv_type == "f16" else np.float32(1e30)
+
+    @inline
+    def column(to, source, n):
+        """Write n elements with PAGE elements from one to the next."""
+        for i in range(n):
+            if size == 1:
+                store_i8(to + i * PAGE, load_i8(source + i))
+            elif size == 2:
+                store_i16(to + i * PAGE * 2, load_i16(source + i * 2))
+            else:
+                store_f32(to + i * PAGE * 4, load_f32(source + i * 4))
+
+    @inline
+    def convert(to, x, n):
+        for i in range(0, n, 8):
+            a = finite(load_f32x8(x + i * 4), limit)
+            if size == 2:
+                store_f16x8(to + i * 2, a)
+            else:
+                store_f32x8(to + i * 4, a)
+
+    def operation(
+        step, part, first, count, scratch,
+        k, k_stride, v, v_stride, cache, head_nbytes, page_nbytes, n_heads, head_size,
+    ):  # fmt: skip
+        positions = load_i64(step + STEP_POSITIONS)
+        tables = load_i64(step + STEP_TABLES)
+        wide = (head_size + 31) // 32 * 32
+        for t in range(first, first + count):
+            position = load_i32(positions + 4 * t)
+            page = load_i32(load_i64(tables + 8 * t) + 4 * (position // PAGE))
+            slot = position % PAGE
+            for head in range(n_heads):
+                at = cache + head * head_nbytes + page * page_nbytes
+                values = at + (PAGE + slot) * wide * size
+                key = k + t * k_stride + head * head_size * 4
+                value = v + t * v_stride + head * head_size * 4
+                if size == 1:
+                    scale_at = at + 2 * PAGE * wide + slot * 4
+                    for i in range(0, head_size, BLOCK):
+                        n = min(BLOCK, head_size - i)
+                        store_f32(scale_at, quantize_row(scratch + i, key + i * 4, n))
+                        scale_at += PAGE * 4
+                    store_f32(scale_at, quantize_row(values, value, head_size))
+                else:
+                    convert(scratch, key, head_size)
+                    convert(values, value, head_size)
+                column(at + slot * size, scratch, head_size)
+
+    return operation
