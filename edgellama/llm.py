@@ -24,6 +24,7 @@ from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
 from edgellama.sampling import Sampler
+from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import load_tokenizer
 
@@ -35,13 +36,18 @@ _log = logging.getLogger("edgellama")  # without a configuration, warnings go to
 
 @dataclass(slots=True)
 class Timings:
-    """How long the parts took; `cached_n` prompt tokens came from an earlier call."""
+    """How long the parts took; `cached_n` prompt tokens came from an earlier call.
+
+    Of the answer, `drafted_n` tokens were guessed and `accepted_n` guesses were right.
+    """
 
     prompt_n: int = 0
     prompt_s: float = 0.0
     predicted_n: int = 0
     predicted_s: float = 0.0
     cached_n: int = 0
+    drafted_n: int = 0
+    accepted_n: int = 0
 
 
 @dataclass(slots=True)
@@ -72,7 +78,10 @@ class LLM:
     `model` is a path, a catalogue name, hf:org/repo/file.gguf or a URL; None is the default model.
     `n_ctx` is the most tokens of one text (default: 4096, or what the model was trained for if that
     is less), `n_batch` the most tokens in one step, `n_threads` defaults to the physical cores that
-    may be used, `kv_type` is "f16" or "f32", `seed` None is random.
+    may be used, `kv_type` is "f16" or "f32", `seed` None is random.  `draft` makes answers faster
+    where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
+    the same words before (good for summaries, edits and code), a smaller model of the same
+    vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -88,6 +97,7 @@ class LLM:
         seed: int | None = None,
         offline: bool = False,
         override_pre: str | None = None,
+        draft: str | os.PathLike[str] | LLM | None = None,
     ) -> None:
         path = resolve(None if model is None else os.fspath(model), offline=offline)
         with open_gguf(path) as gguf:
@@ -130,6 +140,22 @@ class LLM:
             ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
             bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
             self.template = ChatTemplate(source, bos, eos)
+        self._draft: LLM | None = None
+        self._owns_draft = not isinstance(draft, LLM)
+        self._looks_up = draft == "lookup"
+        if draft is not None and not self._looks_up:
+            try:
+                self._draft = draft if isinstance(draft, LLM) else LLM(
+                    draft, n_ctx=self.n_ctx, n_batch=n_batch, n_threads=n_threads,
+                    kv_type=kv_type, offline=offline, override_pre=override_pre,
+                )  # fmt: skip
+                check_same_vocabulary(
+                    self.config.name, self.tokenizer.vocab.tokens,
+                    self._draft.config.name, self._draft.tokenizer.vocab.tokens,
+                )  # fmt: skip
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> LLM:
         return self
@@ -139,6 +165,8 @@ class LLM:
 
     def close(self) -> None:
         """Free all memory and threads."""
+        if self._draft is not None and self._owns_draft:
+            self._draft.close()
         self._engine.close()
 
     # --- tokens -----------------------------------------------------------------------------------
@@ -204,14 +232,14 @@ class LLM:
     def _generate(
         self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
     ) -> Iterator[Delta]:
-        engine, timings = self._engine, Timings(prompt_n=len(ids))
+        timings = Timings(prompt_n=len(ids))
         decoder = self.tokenizer.stream()
-        sequence = engine.new_sequence()
+        steps = Steps(self._engine, sampler, self._new_drafter())
         reason = "length"
         try:
             start = time.perf_counter()
-            logits = engine.evaluate(sequence, ids)
-            timings.cached_n = sequence.n_reused
+            logits = steps.begin(ids)
+            timings.cached_n = steps.n_cached
             timings.prompt_s = time.perf_counter() - start
             start = time.perf_counter()
             while timings.predicted_n < max_tokens:
@@ -229,11 +257,19 @@ class LLM:
                 yield Delta(text, [token])
                 if timings.predicted_n == max_tokens:
                     break
-                logits = engine.evaluate(sequence, [token])
+                logits = steps.follow(token, max_tokens - timings.predicted_n - 1)
+            timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
             rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
             yield Delta(rest, finish_reason=reason, timings=timings)
         finally:
-            engine.free(sequence)
+            steps.close()
+
+    def _new_drafter(self) -> Drafter | None:
+        ends = self.tokenizer.eog_ids
+        if self._draft is not None:
+            engine = self._draft._engine
+            return DraftModel(engine, engine.n_macs / self._engine.n_macs, ends)
+        return Lookup(ends) if self._looks_up else None
 
     def generate(
         self, prompt: str | Sequence[int], *, n: int = 1, **options: Any

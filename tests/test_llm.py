@@ -89,6 +89,13 @@ class FakeEngine:
             logits[self.answer[min(n_said, len(self.answer) - 1)]] = 20.0
         return logits
 
+    def evaluate_each(self, sequence: Any, ids: list[int]) -> np.ndarray:
+        return np.array([self.evaluate(sequence, [i]) for i in ids])
+
+    def truncate(self, sequence: Any, n_tokens: int) -> None:
+        assert sequence.n_prompt <= n_tokens <= len(sequence.tokens)
+        del sequence.tokens[n_tokens:]
+
     def logits(self, ids: list[int]) -> np.ndarray:
         return np.zeros((len(ids), N_VOCAB), np.float32)
 
@@ -125,12 +132,14 @@ def install(
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
-@pytest.fixture
-def open_llm(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(params=[None, "lookup"])
+def open_llm(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    """Whether tokens are guessed or not, everything here must be the same."""
+
     def open_it(answer: str = "", *, options: Any = None, **fake: Any) -> tuple[LLM, FakeEngine]:
         flat = fake.pop("flat", False)
         engine = install(monkeypatch, FakeEngine(answer, flat=flat), **fake)
-        return LLM("fake", **(options or {})), engine
+        return LLM("fake", draft=request.param, **(options or {})), engine
 
     return open_it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -81,6 +82,15 @@ def test_stats_go_to_stderr(engine: FakeEngine) -> None:
     assert result.stdout == "né世 yes\n"
     assert "prompt 9 tokens" in result.stderr
     assert "answer 10 tokens" in result.stderr
+
+
+def test_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeEngine("abc" * 10))
+    result = run("-p", "hi", "--temp", "0", "--stats", "--draft", "lookup")
+    assert result.stdout == "abc" * 10 + "\n"
+    assert re.search(
+        r"\| \d+ of \d+ guesses right \(\d+%\), [2-9]\.\d\d tokens a step", result.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,18 @@ from edgellama.errors import UsageError
     "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
     help="Type of cached keys and values.",
 )  # fmt: skip
+@click.option(
+    "--draft", metavar="lookup|MODEL",
+    help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
+)  # fmt: skip
 @click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
     temp: float, top_k: int, top_p: float, min_p: float, seed: int | None, stop: tuple[str, ...],
-    threads: int | None, ctx: int | None, kv_type: str, override_pre: str | None, offline: bool,
-    stats: bool,
+    threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
+    override_pre: str | None, offline: bool, stats: bool,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -53,7 +57,7 @@ def command(
     out = sys.stdout.buffer
     with LLM(
         model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
-        override_pre=override_pre,
+        override_pre=override_pre, draft=draft,
     ) as llm:  # fmt: skip
         options: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p,
@@ -75,9 +79,17 @@ def command(
         out.flush()
         if stats and delta.timings is not None and first is not None:
             t = delta.timings
+            guesses = ""
+            if t.drafted_n:
+                guesses = (
+                    f" | {t.accepted_n} of {t.drafted_n} guesses right "
+                    f"({t.accepted_n / t.drafted_n:.0%}), "
+                    f"{t.predicted_n / (t.predicted_n - t.accepted_n):.2f} tokens a step"
+                )
             click.echo(
                 f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens "
                 f"({t.prompt_n / max(t.prompt_s, 1e-9):.0f}/s) | answer {t.predicted_n} tokens "
-                f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)",
+                f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)"
+                f"{guesses}",
                 err=True,
             )

@@ -118,6 +118,7 @@ class Engine:
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error
         self._pieces_cost = [record.n_macs for record in program.records]
+        self.n_macs = sum(self._pieces_cost)  # of a token, without attention
         self._out_of_head = [record.of_out_rows for record in program.records]
         self._head_first = program.head_first
         self._n_records = len(program.records)
@@ -147,17 +148,15 @@ class Engine:
                 self._cache.truncate(sequence, 0)
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
-        """Go back to the first `n_tokens` tokens; the tokens of a shared last page are evaluated again.
+        """Go back to the first `n_tokens` tokens; nothing is computed.
 
-        Raises: UsageError when the sequence is shorter.
+        Raises: UsageError when the sequence is shorter, ContextOverflowError when its last page is
+        shared and there is no room for a copy.
         """
         if not 0 <= n_tokens <= len(sequence.tokens):
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
         with self._lock:
-            kept = sequence.tokens[:n_tokens]
-            self._cache.truncate(sequence, n_tokens // PAGE * PAGE)
-        if len(kept) > len(sequence.tokens):
-            self.evaluate(sequence, kept[len(sequence.tokens) :])
+            self._cache.truncate(sequence, n_tokens)
 
     # --- evaluation -------------------------------------------------------------------------------
     def evaluate(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
@@ -171,6 +170,8 @@ class Engine:
     def step(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
         """Append tokens to several sequences at once; logits f32 (n, V) after each one's last."""
         with self._lock:
+            for sequence, ids in batch:
+                self._check(sequence, ids)
             before = [len(sequence.tokens) for sequence, _ in batch]
             try:
                 return self._evaluate(batch)
@@ -181,8 +182,6 @@ class Engine:
 
     def _evaluate(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
         logits = np.empty((len(batch), self.n_vocab), np.float32)
-        for sequence, ids in batch:
-            self._check(sequence, ids)
         pending: list[tuple[int, Sequence, SequenceOf[int]]] = []
         for i, (sequence, ids) in enumerate(batch):
             skip = 0 if sequence.tokens else self._cache.reuse_prefix(sequence, ids)
@@ -211,10 +210,18 @@ class Engine:
 
     def logits(self, ids: SequenceOf[int]) -> np.ndarray:
         """Return the logits f32 (T, V) after every token of a text of its own."""
-        out = np.empty((len(ids), self.n_vocab), np.float32)
         sequence = self.new_sequence()
+        try:
+            return self.evaluate_each(sequence, ids)
+        finally:
+            self.free(sequence)
+
+    def evaluate_each(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
+        """Append tokens to a sequence and return the logits f32 (T, V) after every one of them."""
         with self._lock:
             self._check(sequence, ids)
+            out = np.empty((len(ids), self.n_vocab), np.float32)
+            before = len(sequence.tokens)
             try:
                 for start in range(0, len(ids), self.n_batch):
                     chunk = ids[start : start + self.n_batch]
@@ -223,8 +230,9 @@ class Engine:
                     self._cache.commit(sequence, chunk)
                     for first, rows in self._head(list(range(len(chunk)))):
                         out[start + first : start + first + len(rows)] = rows
-            finally:
-                self._cache.truncate(sequence, 0)
+            except BaseException:
+                self._cache.truncate(sequence, before)
+                raise
         return out
 
     def _check(self, sequence: Sequence, ids: SequenceOf[int]) -> None:

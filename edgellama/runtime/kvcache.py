@@ -46,13 +46,14 @@ class KVCache:
         self.page_nbytes = kv_page_nbytes(kv_type, head_size)  # of one head
         self.head_nbytes = n_pages * self.page_nbytes
         self._layer_nbytes = n_kv_heads * self.head_nbytes
+        nbytes = n_layers * self._layer_nbytes
         try:
-            self._memory = small_pages(n_layers * self._layer_nbytes)
+            self._memory = small_pages(nbytes)
         except (OSError, MemoryError) as error:
             raise OutOfMemoryError(
-                f"a KV cache of {n_layers * self._layer_nbytes / 1e6:.0f} MB could not be had; "
-                "use a smaller context (-c)"
+                f"a KV cache of {nbytes / 1e6:.0f} MB could not be had; use a smaller context (-c)"
             ) from error
+        self._bytes = self._memory.reshape(-1, n_pages, self.page_nbytes)  # (L * K, n_pages, page)
         self._free = list(range(n_pages - 1, -1, -1))
         self._n_users = [0] * n_pages
         self._by_key: dict[bytes, int] = {}
@@ -68,7 +69,7 @@ class KVCache:
             return self._free.pop()
         if self._idle:
             page, _ = self._idle.popitem(last=False)
-            del self._by_key[self._key_of.pop(page)]
+            self._forget(page)
             return page
         raise ContextOverflowError(
             f"all {self.n_pages * PAGE} positions of the KV cache are in use; "
@@ -120,15 +121,33 @@ class KVCache:
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Forget positions from `n_tokens` on, and give back the pages that held only those.
 
-        A page that is known by its hash may be shared or found again: positions in it are only ever
-        forgotten together with it.
+        What a page that is known by its hash holds never changes.  So if the cut goes through one,
+        the page is no longer known; or, when other sequences use it, this one takes a copy.
+        Raises: ContextOverflowError when there is no page for the copy; then nothing has changed.
         """
         n_pages = -(-n_tokens // PAGE)
+        if n_tokens % PAGE and sequence.pages[n_pages - 1] in self._key_of:
+            self._own(sequence, n_pages - 1)
         for page in sequence.pages[n_pages:]:
             self._release(page)
         del sequence.pages[n_pages:]
         del sequence.keys[n_tokens // PAGE :]
         del sequence.tokens[n_tokens:]
+
+    def _own(self, sequence: Sequence, i: int) -> None:
+        """Make the sequence's page `i`, which is known, one that may be written."""
+        page = sequence.pages[i]
+        if self._n_users[page] == 1:
+            self._forget(page)
+            return
+        copy = self._take_page()
+        self._bytes[:, copy] = self._bytes[:, page]
+        self._n_users[page] -= 1
+        self._n_users[copy] = 1
+        sequence.pages[i] = sequence.table[i] = copy
+
+    def _forget(self, page: int) -> None:
+        del self._by_key[self._key_of.pop(page)]
 
     def _release(self, page: int) -> None:
         self._n_users[page] -= 1
