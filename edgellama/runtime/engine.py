@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -38,7 +40,8 @@ from .weights import Weights
 
 KV_TYPES = ("f16", "f32", "q8_0")
 _N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
-_CALL_S = 0.15
+_CALL_S, _OPERATION_S = 0.15, 0.25
+_MANY_TOKENS = 32
 
 
 class Aborted(EdgeLlamaError):
@@ -78,6 +81,7 @@ class Engine:
         self.n_batch = min(n_batch, n_ctx)
         self.n_threads = n_threads
         self._lock = threading.Lock()
+        self._freed: deque[Sequence] = deque()
         self._abort = False
         self._closed = False
         self._macs_per_s = 2e9 * n_threads
@@ -120,6 +124,10 @@ class Engine:
         self._pieces_cost = [record.n_macs for record in program.records]
         self.n_macs = sum(self._pieces_cost)  # of a token, without attention
         self._out_of_head = [record.of_out_rows for record in program.records]
+        self._macs = np.array(
+            [(r.n_macs, r.n_position_macs, r.n_positions) for r in program.records], np.float64
+        ).T
+        self._of_out_rows = np.array([record.of_out_rows for record in program.records])
         self._head_first = program.head_first
         self._n_records = len(program.records)
         self._team.use(self._bound.table)
@@ -142,10 +150,30 @@ class Engine:
         return Sequence(self.n_ctx)
 
     def free(self, sequence: Sequence) -> None:
-        """Forget a sequence; its full pages stay known until their room is needed."""
-        with self._lock:
+        """Forget a sequence; its full pages stay known until their room is needed.
+
+        This may come from the end of an abandoned generator, which the garbage collector chooses: also
+        in the middle of a step of this very thread. So it never waits.
+        """
+        self._freed.append(sequence)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_freed()
+            finally:
+                self._lock.release()
+
+    def _forget_freed(self) -> None:
+        while self._freed:
+            sequence = self._freed.popleft()
             if not self._closed:
                 self._cache.truncate(sequence, 0)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One step, or one change of sequences, at a time."""
+        with self._lock:
+            self._forget_freed()
+            yield
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Go back to the first `n_tokens` tokens; nothing is computed.
@@ -155,7 +183,7 @@ class Engine:
         """
         if not 0 <= n_tokens <= len(sequence.tokens):
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
-        with self._lock:
+        with self._locked():
             self._cache.truncate(sequence, n_tokens)
 
     # --- evaluation -------------------------------------------------------------------------------
@@ -169,7 +197,7 @@ class Engine:
 
     def step(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
         """Append tokens to several sequences at once; logits f32 (n, V) after each one's last."""
-        with self._lock:
+        with self._locked():
             for sequence, ids in batch:
                 self._check(sequence, ids)
             before = [len(sequence.tokens) for sequence, _ in batch]
@@ -187,7 +215,7 @@ class Engine:
             skip = 0 if sequence.tokens else self._cache.reuse_prefix(sequence, ids)
             pending.append((i, sequence, ids[skip:]))
         while pending:
-            room = self.n_batch
+            room = self._room(pending)
             taken: list[tuple[int, Sequence, SequenceOf[int], bool]] = []
             rest: list[tuple[int, Sequence, SequenceOf[int]]] = []
             for i, sequence, ids in pending:
@@ -218,18 +246,20 @@ class Engine:
 
     def evaluate_each(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
         """Append tokens to a sequence and return the logits f32 (T, V) after every one of them."""
-        with self._lock:
+        with self._locked():
             self._check(sequence, ids)
             out = np.empty((len(ids), self.n_vocab), np.float32)
             before = len(sequence.tokens)
             try:
-                for start in range(0, len(ids), self.n_batch):
-                    chunk = ids[start : start + self.n_batch]
+                start = 0
+                while start < len(ids):
+                    chunk = ids[start : start + self._room([(0, sequence, ids[start:])])]
                     self._stage([(sequence, chunk)], [True])
                     self._run(0, self._head_first)
                     self._cache.commit(sequence, chunk)
                     for first, rows in self._head(list(range(len(chunk)))):
                         out[start + first : start + first + len(rows)] = rows
+                    start += len(chunk)
             except BaseException:
                 self._cache.truncate(sequence, before)
                 raise
@@ -251,6 +281,13 @@ class Engine:
                 f"{n_tokens} tokens do not fit the context of {self.n_ctx}; "
                 "shorten the prompt or open the model with a larger n_ctx (-c)"
             )
+
+    def _room(self, pending: SequenceOf[tuple[int, Sequence, SequenceOf[int]]]) -> int:
+        """Tokens that the next step may take, so that its longest operation is a short call."""
+        depth = max(len(sequence.tokens) for _, sequence, _ in pending) + self.n_batch
+        longest = float(self._costs(depth).max())
+        n_tokens = int(_OPERATION_S * self._macs_per_s / longest)
+        return min(self.n_batch, max(_MANY_TOKENS, n_tokens))
 
     def _stage(
         self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
@@ -286,30 +323,35 @@ class Engine:
             self._run(self._head_first, self._n_records)
             yield first, self._bound.logits[: len(rows), : self.n_vocab]
 
+    def _costs(self, depth: int) -> np.ndarray:
+        """Multiply-adds of every record per row, when a token sees `depth` positions."""
+        costs: np.ndarray = self._macs[0] + self._macs[1] * np.minimum(self._macs[2], depth)
+        return costs
+
     def _run(self, first: int, last: int) -> None:
         """Run records [first, last) in calls of about `_CALL_S` seconds."""
         n_tokens = int(self._step[layout.STEP_N_TOKENS // 8])
         n_out = int(self._step[layout.STEP_N_OUT // 8])
-        while first < last:
-            budget = self._macs_per_s * _CALL_S
-            cost = 0.0
-            end = first
-            while end < last:
-                n = n_out if self._out_of_head[end] else n_tokens
-                more = self._pieces_cost[end] * n
-                if end > first and cost + more > budget:
-                    break
-                cost += more
-                end += 1
+        depth = int(self._positions[:n_tokens].max()) + 1
+        costs = (
+            self._costs(depth)[first:last]
+            * np.where(self._of_out_rows, n_out, n_tokens)[first:last]
+        )
+        ends = np.cumsum(costs)
+        done = 0
+        while done < len(costs):
+            start_cost = ends[done] - costs[done]
+            n = int(np.searchsorted(ends, start_cost + self._macs_per_s * _CALL_S, side="right"))
+            n = max(n, done + 1)
             if self._abort:
                 self._abort = False
                 raise Aborted("the step was aborted")
             start = time.perf_counter()
-            self._team.run(self._step, first, end)
-            spent = time.perf_counter() - start
-            if cost > 1e8:
-                self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * cost / spent
-            first = end
+            self._team.run(self._step, first + done, first + n)
+            if n_tokens >= _MANY_TOKENS:  # a few are bound by memory
+                rate = (ends[n - 1] - start_cost) / (time.perf_counter() - start)
+                self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * rate
+            done = n
 
     def abort(self) -> None:
         """Stop the running step from another thread; it raises `Aborted` and changes nothing."""
@@ -319,7 +361,7 @@ class Engine:
         """Stop the threads and free all memory."""
         if self._closed:
             return
-        with self._lock:
+        with self._locked():
             self._closed = True
             self._team.close()
             del self._bound, self._weights, self._cache
@@ -331,7 +373,7 @@ class Engine:
         """
         if len(ids) > self.n_batch:
             raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
-        with self._lock:
+        with self._locked():
             self._check(sequence, ids)
             (self._out_rows[0],) = self._stage([(sequence, ids)], [True])
             self._step[layout.STEP_N_OUT // 8] = 1

@@ -67,6 +67,8 @@ class Record:
     of_spans: bool = False  # cut into the step's spans besides
     wait: int = 0
     n_macs: int = 0  # per token
+    n_position_macs: int = 0  # per token and position that it sees
+    n_positions: int = 1 << 40  # that it sees at most
 
 
 class KVShape(Protocol):
@@ -343,6 +345,8 @@ class Program:
                 parts=c.n_kv_heads,
                 tokens=layout.SPLIT_TOKENS,
                 of_spans=True,
+                n_position_macs=2 * c.n_heads * c.head_size,
+                n_positions=node.settings["window"] or 1 << 40,
             ),
             (self._floats[q], self._kv), (out, partials),
         )  # fmt: skip
