@@ -1,10 +1,13 @@
 """edgellama beside llama.cpp on the same file, same threads, turn by turn in one run.
 
-    python benchmarks/vs_llama_cpp.py MODEL.gguf --peer-python PEER/bin/python [-t 2] [-r 5]
+    python benchmarks/vs_llama_cpp.py MODEL.gguf ... --peer-python PEER/bin/python [--deep] [--start]
 
 PEER is an environment with llama-cpp-python built natively; `--make-peer DIR` makes one (about eight
-minutes).  Prints rows of Markdown for `RESULTS.md`: prefill of 512 tokens, decode of 64 tokens after it,
-and whole-process start to first token with peak resident memory; medians over the repeats.
+minutes).  Prints rows of Markdown for `RESULTS.md`: prefill of 512 tokens and decode of 128 after none;
+`--deep` also prefill of 4096 tokens and decode of 64 after them; `--start` whole-process start to first
+token and peak resident memory.  Medians over the repeats.  Beside them stands how much of what the
+machine allows edgellama reached, by ceilings measured in the same run: reading for decode, the
+multipliers of each activation form for prefill.
 """
 
 from __future__ import annotations
@@ -18,49 +21,60 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PEER = "llama-cpp-python==0.3.36"
-N_PROMPT, N_DECODE = 512, 64
-_IDS = range(1000, 40000)  # ordinary tokens in both models' vocabularies
+TESTS = [("prefill pp512", 512, 0), ("decode tg128", 0, 128)]
+DEEP = [("prefill pp4096", 4096, 0), ("decode tg64 @ d4096", 4096, 64)]
+_IDS = range(1000, 40000)  # ordinary tokens in every model's vocabulary
+_IDLE_S = 1.2  # threads of one engine must not spin beside the other
 
 
-def worker(engine: str, model: str, threads: int) -> None:
-    """Child process: for every line on stdin, time one prefill and one decode; answer in JSON."""
-    if engine == "edgellama":
-        from edgellama.gguf import open_gguf
-        from edgellama.models.config import read_config
-        from edgellama.runtime.engine import Engine
-
-        with open_gguf(model) as gguf:
-            ours = Engine(gguf, read_config(gguf), n_ctx=1024, n_threads=threads)
-    else:
-        from llama_cpp import Llama
-
-        theirs = Llama(
-            model, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads,
-            n_threads_batch=threads, verbose=False,
-        )  # fmt: skip
+def worker(engine: str, model: str, threads: int, n_ctx: int) -> None:
+    """Child process: for every line [prompt, decode] on stdin, answer [prompt_s, decode_s]."""
+    evaluate, reset = (
+        _edgellama(model, threads, n_ctx)
+        if engine == "edgellama"
+        else _llama_cpp(model, threads, n_ctx)
+    )
     for line in sys.stdin:
-        rng = random.Random(line)
-        ids = [rng.choice(_IDS) for _ in range(N_PROMPT)]
-        if engine == "edgellama":
-            sequence = ours.new_sequence()
-            start = time.perf_counter()
-            ours.evaluate(sequence, ids)
-            middle = time.perf_counter()
-            for token in ids[:N_DECODE]:
-                ours.evaluate(sequence, [token])
-            end = time.perf_counter()
-            ours.free(sequence)
-        else:
-            theirs.reset()
-            start = time.perf_counter()
-            theirs.eval(ids)
-            middle = time.perf_counter()
-            for token in ids[:N_DECODE]:
-                theirs.eval([token])
-            end = time.perf_counter()
-        print(json.dumps([N_PROMPT / (middle - start), N_DECODE / (end - middle)]), flush=True)
+        n_prompt, n_decode, seed = json.loads(line)
+        rng = random.Random(seed)
+        ids = [rng.choice(_IDS) for _ in range(n_prompt + n_decode)]
+        reset()
+        start = time.perf_counter()
+        for at in range(0, n_prompt, 512):
+            evaluate(ids[at : min(at + 512, n_prompt)])
+        middle = time.perf_counter()
+        for token in ids[n_prompt:]:
+            evaluate([token])
+        print(json.dumps([middle - start, time.perf_counter() - middle]), flush=True)
+
+
+def _edgellama(model: str, threads: int, n_ctx: int) -> tuple[Any, Any]:
+    from edgellama.gguf import open_gguf
+    from edgellama.models.config import read_config
+    from edgellama.runtime.engine import Engine
+
+    with open_gguf(model) as gguf:
+        engine = Engine(gguf, read_config(gguf), n_ctx=n_ctx, n_threads=threads)
+    state = [engine.new_sequence()]
+
+    def reset() -> None:
+        engine.free(state[0])
+        state[0] = engine.new_sequence()
+
+    return (lambda ids: engine.evaluate(state[0], ids)), reset
+
+
+def _llama_cpp(model: str, threads: int, n_ctx: int) -> tuple[Any, Any]:
+    from llama_cpp import Llama
+
+    llama = Llama(
+        model, n_ctx=n_ctx, n_batch=512, n_ubatch=512, n_threads=threads,
+        n_threads_batch=threads, verbose=False,
+    )  # fmt: skip
+    return llama.eval, llama.reset
 
 
 _FIRST_TOKEN = """
@@ -90,58 +104,110 @@ def make_peer(folder: Path) -> str:
     return python
 
 
+class Allowed:
+    """What the machine allows a model, by ceilings measured now."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        from edgellama.gguf import open_gguf
+        from edgellama.models.config import read_config
+        from edgellama.runtime.ceiling import measure
+        from edgellama.runtime.cost import CostModel
+
+        with open_gguf(model) as gguf:
+            self._costs = CostModel(gguf, read_config(gguf), "f16")
+        self.ceilings = measure(threads)
+
+    def share(self, n_prompt: int, n_decode: int, seconds: float) -> str:
+        """The ceiling's share and the rate that was reached."""
+        steps = self._costs.steps(0, n_prompt, n_decode, 512)
+        steps = steps[-n_decode:] if n_decode else steps
+        least = sum(self.ceilings.shortest_s(step) for step in steps)
+        if n_decode:
+            reached = f"{sum(step.nbytes for step in steps) / seconds / 1e9:.1f} GB/s"
+        else:
+            reached = f"{sum(step.n_macs for step in steps) / seconds / 1e9:.0f} GMAC/s"
+        return f"{reached}, {least / seconds:.0%}"
+
+
+def compare(model: str, python: str, threads: int, repeats: int, tests: list[Any]) -> None:
+    """Print a row per test."""
+    n_ctx = 512 + max(n_prompt + n_decode for _, n_prompt, n_decode in tests)
+    tail = [model, "-t", str(threads), "--ctx", str(n_ctx)]
+    workers = [
+        subprocess.Popen(
+            [python_, __file__, *tail, "--worker", engine],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for engine, python_ in (("edgellama", sys.executable), ("llama.cpp", python))
+    ]  # fmt: skip
+    allowed = Allowed(model, threads)
+    print(
+        f"<!-- ceilings: read {allowed.ceilings.read / 1e9:.1f} GB/s, "
+        + ", ".join(f"{form} {n / 1e9:.0f} GMAC/s" for form, n in allowed.ceilings.macs.items())
+        + " -->"
+    )
+    for label, n_prompt, n_decode in tests:
+        seconds: list[list[float]] = [[], []]
+        for turn in range(repeats + 1):
+            for i, process in enumerate(workers):
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(json.dumps([n_prompt, n_decode, turn]) + "\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                if turn:  # the first warms up
+                    seconds[i].append(answer[1 if n_decode else 0])
+                time.sleep(_IDLE_S)
+        ours, theirs = (statistics.median(s) for s in seconds)
+        n = n_decode or n_prompt
+        print(
+            f"| {Path(model).name} | {label}, tok/s | {threads} | {n / ours:.0f} | {n / theirs:.0f} "
+            f"| {theirs / ours:.2f} | {allowed.share(n_prompt, n_decode, ours)} |",
+            flush=True,
+        )
+    for process in workers:
+        process.communicate()
+
+
+def compare_start(model: str, python: str, threads: int, repeats: int) -> None:
+    """Print rows of whole processes."""
+    ours = [sys.executable, "-m", "edgellama", "run", model, "-c", "2048", "-n", "1"]
+    ours += ["-t", str(threads), "--temp", "0", "--raw", "-p", "Once upon a time"]
+    theirs = [python, "-c", _FIRST_TOKEN, model, str(threads)]
+    measured: list[list[tuple[float, float]]] = [[], []]
+    for turn in range(repeats + 1):
+        for i, command in enumerate((ours, theirs)):
+            figures = first_token(command)
+            if turn:
+                measured[i].append(figures)
+    for label, k, digits in (("start to first token, s", 0, 2), ("peak resident, MB", 1, 0)):
+        a, b = (statistics.median(figures[k] for figures in m) for m in measured)
+        row = f"| {Path(model).name} | {label} | {threads} | {a:.{digits}f} | {b:.{digits}f} "
+        print(f"{row}| {a / b:.2f} | |", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--peer-python")
     parser.add_argument("--make-peer", type=Path)
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--repeats", type=int, default=5)
+    parser.add_argument("--deep", action="store_true", help="4096 tokens as well")
+    parser.add_argument("--start", action="store_true", help="whole processes as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker, arguments.model, arguments.threads)
+    parser.add_argument("--ctx", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker(given.worker, given.models[0], given.threads, given.ctx)
         return
-    peer = make_peer(arguments.make_peer) if arguments.make_peer else arguments.peer_python
+    peer = make_peer(given.make_peer) if given.make_peer else given.peer_python
     if not peer:
         parser.error("give --peer-python or --make-peer")
-    tail = [arguments.model, "-t", str(arguments.threads)]
-    workers = [
-        subprocess.Popen(
-            [python, __file__, *tail, "--worker", engine],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for engine, python in (("edgellama", sys.executable), ("llama.cpp", peer))
-    ]  # fmt: skip
-    rates: list[list[list[float]]] = [[], []]
-    for turn in range(arguments.repeats + 1):
-        for i, process in enumerate(workers):
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(f"{turn}\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            if turn:  # the first warms up
-                rates[i].append(answer)
-            time.sleep(1.5)  # idle threads of one engine must not spin beside the other
-    for process in workers:
-        process.communicate()
-    ours = [sys.executable, "-m", "edgellama", "run", arguments.model, "-c", "2048", "-n", "1"]
-    ours += ["-t", str(arguments.threads), "--temp", "0", "--raw", "-p", "Once upon a time"]
-    theirs = [peer, "-c", _FIRST_TOKEN, arguments.model, str(arguments.threads)]
-    starts: list[list[tuple[float, float]]] = [[], []]
-    for turn in range(arguments.repeats + 1):
-        for i, command in enumerate((ours, theirs)):
-            measured = first_token(command)
-            if turn:
-                starts[i].append(measured)
-    name = Path(arguments.model).name
-    for label, k in ((f"prefill pp{N_PROMPT}, tok/s", 0), (f"decode tg{N_DECODE}, tok/s", 1)):
-        a, b = (statistics.median(r[k] for r in rates[i]) for i in (0, 1))
-        print(f"| {name} | {label} | {arguments.threads} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
-    for label, k in (("start to first token, s", 0), ("peak resident, MB", 1)):
-        a, b = (statistics.median(s[k] for s in starts[i]) for i in (0, 1))
-        print(f"| {name} | {label} | {arguments.threads} | {a:.2f} | {b:.2f} | {a / b:.2f} |")
+    for model in given.models:
+        compare(model, peer, given.threads, given.repeats, TESTS + (DEEP if given.deep else []))
+        if given.start:
+            compare_start(model, peer, given.threads, given.repeats)
 
 
 if __name__ == "__main__":

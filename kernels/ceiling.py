@@ -74,7 +74,10 @@ def multiply_f32(step, part, first, count, scratch, operands, n_rounds, sums):
 
 
 def multiply_i16(step, part, first, count, scratch, operands, n_rounds, sums):
-    """The same in words: 32 * 12 * 16 products a round."""
+    """The same in words: 32 * 12 * 16 products a round.
+
+    Six activations, because LLVM would make equal products of integers only once.
+    """
     a0 = splat_i32(0)
     a1 = splat_i32(1)
     b0 = splat_i32(2)
@@ -91,17 +94,22 @@ def multiply_i16(step, part, first, count, scratch, operands, n_rounds, sums):
         for k in range(0, 2048, 64):
             u = load_words16(operands + k)
             v = load_words16(operands + k + 32)
-            y = broadcast_pair(operands + 4096 + k)
+            y = broadcast_pair(operands + 4096 + 0 + k)
             a0 = words_add(a0, u, y)
             a1 = words_add(a1, v, y)
+            y = broadcast_pair(operands + 4096 + 4 + k)
             b0 = words_add(b0, u, y)
             b1 = words_add(b1, v, y)
+            y = broadcast_pair(operands + 4096 + 8 + k)
             c0 = words_add(c0, u, y)
             c1 = words_add(c1, v, y)
+            y = broadcast_pair(operands + 4096 + 12 + k)
             d0 = words_add(d0, u, y)
             d1 = words_add(d1, v, y)
+            y = broadcast_pair(operands + 4096 + 16 + k)
             e0 = words_add(e0, u, y)
             e1 = words_add(e1, v, y)
+            y = broadcast_pair(operands + 4096 + 20 + k)
             f0 = words_add(f0, u, y)
             f1 = words_add(f1, v, y)
     total = ((a0 + a1) + (b0 + b1)) + ((c0 + c1) + (d0 + d1)) + ((e0 + e1) + (f0 + f1))
