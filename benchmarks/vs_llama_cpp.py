@@ -170,7 +170,7 @@ def compare(model: str, python: str, threads: int, repeats: int, tests: list[Any
 
 
 def compare_start(model: str, python: str, threads: int, repeats: int) -> None:
-    """Print rows of whole processes."""
+    """Print rows of whole processes; to be called while this one is small, which a child counts."""
     ours = [sys.executable, "-m", "edgellama", "run", model, "-c", "2048", "-n", "1"]
     ours += ["-t", str(threads), "--temp", "0", "--raw", "-p", "Once upon a time"]
     theirs = [python, "-c", _FIRST_TOKEN, model, str(threads)]
@@ -205,9 +205,10 @@ def main() -> None:
     if not peer:
         parser.error("give --peer-python or --make-peer")
     for model in given.models:
-        compare(model, peer, given.threads, given.repeats, TESTS + (DEEP if given.deep else []))
         if given.start:
             compare_start(model, peer, given.threads, given.repeats)
+    for model in given.models:
+        compare(model, peer, given.threads, given.repeats, TESTS + (DEEP if given.deep else []))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ written as another character, and what is no token falls back to the byte tokens
 
 from __future__ import annotations
 
-import operator
 import re
 from functools import cache
 
@@ -28,24 +27,28 @@ class ByteLevelBPE:
         self.adds_bos_by_kind = kind.adds_bos
         self.insists_on_bos = kind.insists_on_bos
         self._tokens = vocab.tokens
-        ids = {text: i for i, text in reversed(list(enumerate(vocab.tokens)))}
-        merges = _read_merges(vocab.merges, ids)
+        n = len(vocab.tokens)
+        ids = dict(zip(reversed(vocab.tokens), range(n - 1, -1, -1), strict=True))
+        merges = _read_merges(vocab.merges)
         self._newlines = {
             text: i
-            for text, i in ids.items()
-            if kind.whole_newlines and text and not text.strip("\n")
+            for text, i in (ids if kind.whole_newlines else {}).items()
+            if text and not text.strip("\n")
         }
         # A symbol that is no token gives none, but its neighbours must not meet over it.
         unknown = "\0no token"
-        self._tokenizer = Tokenizer(
-            models.BPE(
-                vocab=ids | {unknown: len(vocab.tokens)},
+        try:
+            model = models.BPE(
+                vocab=ids | {unknown: n},
                 merges=merges,
                 unk_token=unknown,
                 byte_fallback=kind.raw,
                 ignore_merges=kind.ignore_merges,
             )
-        )
+        except Exception:  # the library has no type of its own
+            _check_merges(merges, ids)
+            raise
+        self._tokenizer = Tokenizer(model)
         cutter = kind.cutter()
         if not kind.raw:
             bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -79,24 +82,26 @@ class ByteLevelBPE:
             return text.encode()  # a token that is not written in the byte alphabet
 
 
-def _read_merges(merges: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
+def _read_merges(merges: list[str]) -> list[tuple[str, str]]:
     """Split merges at their space; of equal ones the first counts."""
-    # Whole columns at once: one by one takes three times as long.
     cuts = [merge.find(" ", 1) for merge in merges]
-    lefts = [merge[:cut] for merge, cut in zip(merges, cuts, strict=True)]
-    rights = [merge[cut + 1 :] for merge, cut in zip(merges, cuts, strict=True)]
-    if min(cuts, default=1) < 0 or "" in rights:
-        i = next(i for i, cut in enumerate(cuts) if cut < 0 or not rights[i])
+    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
+    if min(cuts, default=1) < 0 or not all(right for _, right in pairs):
+        i = next(i for i, cut in enumerate(cuts) if cut < 0 or not pairs[i][1])
         raise ModelFileError(
             f"tokenizer.ggml.merges[{i}] is {merges[i][:40]!r}; two pieces and a space are needed"
         )
-    for pieces in (lefts, rights, list(map(operator.add, lefts, rights))):
-        if not ids.keys() >= set(pieces):
-            i = next(i for i, piece in enumerate(pieces) if piece not in ids)
+    return pairs if len(set(merges)) == len(merges) else list(dict.fromkeys(pairs))
+
+
+def _check_merges(pairs: list[tuple[str, str]], ids: dict[str, int]) -> None:
+    """Name the merge that the library has refused: it looks up every piece anyway."""
+    for i, (left, right) in enumerate(pairs):
+        if left not in ids or right not in ids or left + right not in ids:
+            merge = f"{left} {right}"
             raise ModelFileError(
-                f"tokenizer.ggml.merges[{i}] is {merges[i][:40]!r}; it names a piece that is no token"
+                f"tokenizer.ggml.merges[{i}] is {merge[:40]!r}; it names a piece that is no token"
             )
-    return list(dict.fromkeys(zip(lefts, rights, strict=True)))
 
 
 @cache
