@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -202,6 +201,8 @@ def _cached_path(model: str) -> Path:
 
 def _address(model: str) -> tuple[str, str, str]:
     """URL of a source, the name its file gets in the cache, and the SHA-256 it must have or ""."""
+    import urllib.parse
+
     source, _, fragment = model.partition("#")
     sha256 = fragment.removeprefix("sha256=").lower()
     if fragment and not re.fullmatch(r"[0-9a-f]{64}", sha256):

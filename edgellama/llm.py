@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgellama.catalog import resolve
-from edgellama.chat import ChatTemplate
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
@@ -30,6 +30,8 @@ from edgellama.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from edgellama.chat import ChatTemplate
 
 _log = logging.getLogger("edgellama")  # without a configuration, warnings go to stderr
 
@@ -134,12 +136,6 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
-        source = self.metadata.get("tokenizer.chat_template")
-        self.template: ChatTemplate | None = None
-        if isinstance(source, str):
-            ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-            bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
-            self.template = ChatTemplate(source, bos, eos)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
         self._looks_up = draft == "lookup"
@@ -156,6 +152,18 @@ class LLM:
             except BaseException:
                 self.close()
                 raise
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template of the file, if it has one."""
+        source = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(source, str):
+            return None
+        from edgellama.chat import ChatTemplate
+
+        ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
+        return ChatTemplate(source, bos, eos)
 
     def __enter__(self) -> LLM:
         return self

@@ -20,7 +20,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -128,6 +127,8 @@ def _read_object(path: Path) -> tuple[dict[str, Any], bytes] | None:
 
 
 def _write_object(path: Path, header: dict[str, Any], image: bytes) -> None:
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = json.dumps(header).encode() + b"\n" + image
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)  # mode 0600
