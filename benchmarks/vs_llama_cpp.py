@@ -3,8 +3,8 @@
     python benchmarks/vs_llama_cpp.py MODEL.gguf --peer-python PEER/bin/python [-t 2] [-r 5]
 
 PEER is an environment with llama-cpp-python built natively; `--make-peer DIR` makes one (about eight
-minutes).  Prints rows of Markdown for `RESULTS.md`: prefill of 512 tokens, decode of 64 tokens after it,
-and whole-process start to first token with peak resident memory; medians over the repeats.
+minutes).  Prints rows of Markdown for `RESULTS.md`: prefill of 512 (`-p`) tokens, decode of 64 tokens after
+it, and whole-process start to first token with peak resident memory; medians over the repeats.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 PEER = "llama-cpp-python==0.3.36"
-N_PROMPT, N_DECODE = 512, 64
+N_DECODE = 64
 _IDS = range(1000, 40000)  # ordinary tokens in both models' vocabularies
 
 
-def worker(engine: str, model: str, threads: int) -> None:
+def worker(engine: str, model: str, threads: int, n_prompt: int, kv_type: str) -> None:
     """Child process: for every line on stdin, time one prefill and one decode; answer in JSON."""
     if engine == "edgellama":
         from edgellama.gguf import open_gguf
@@ -32,23 +32,25 @@ def worker(engine: str, model: str, threads: int) -> None:
         from edgellama.runtime.engine import Engine
 
         with open_gguf(model) as gguf:
-            ours = Engine(gguf, read_config(gguf), n_ctx=1024, n_threads=threads)
+            ours = Engine(
+                gguf, read_config(gguf), n_ctx=n_prompt + 512, n_threads=threads, kv_type=kv_type
+            )
     else:
         from llama_cpp import Llama
 
         theirs = Llama(
-            model, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads,
+            model, n_ctx=n_prompt + 512, n_batch=512, n_ubatch=512, n_threads=threads,
             n_threads_batch=threads, verbose=False,
         )  # fmt: skip
     for line in sys.stdin:
         rng = random.Random(line)
-        ids = [rng.choice(_IDS) for _ in range(N_PROMPT)]
+        ids = [rng.choice(_IDS) for _ in range(n_prompt)]
         if engine == "edgellama":
             sequence = ours.new_sequence()
             start = time.perf_counter()
             ours.evaluate(sequence, ids)
             middle = time.perf_counter()
-            for token in ids[:N_DECODE]:
+            for token in range(1000, 1000 + N_DECODE):
                 ours.evaluate(sequence, [token])
             end = time.perf_counter()
             ours.free(sequence)
@@ -57,10 +59,10 @@ def worker(engine: str, model: str, threads: int) -> None:
             start = time.perf_counter()
             theirs.eval(ids)
             middle = time.perf_counter()
-            for token in ids[:N_DECODE]:
+            for token in range(1000, 1000 + N_DECODE):
                 theirs.eval([token])
             end = time.perf_counter()
-        print(json.dumps([N_PROMPT / (middle - start), N_DECODE / (end - middle)]), flush=True)
+        print(json.dumps([n_prompt / (middle - start), N_DECODE / (end - middle)]), flush=True)
 
 
 _FIRST_TOKEN = """
@@ -97,15 +99,21 @@ def main() -> None:
     parser.add_argument("--make-peer", type=Path)
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--repeats", type=int, default=5)
+    parser.add_argument("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--kv-type", default="f16", help="edgellama's cache; the peer's is f16")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker, arguments.model, arguments.threads)
+        worker(
+            arguments.worker, arguments.model, arguments.threads, arguments.prompt,
+            arguments.kv_type,
+        )  # fmt: skip
         return
     peer = make_peer(arguments.make_peer) if arguments.make_peer else arguments.peer_python
     if not peer:
         parser.error("give --peer-python or --make-peer")
-    tail = [arguments.model, "-t", str(arguments.threads)]
+    tail = [arguments.model, "-t", str(arguments.threads), "-p", str(arguments.prompt)]
+    tail += ["--kv-type", arguments.kv_type]
     workers = [
         subprocess.Popen(
             [python, __file__, *tail, "--worker", engine],
@@ -136,7 +144,9 @@ def main() -> None:
             if turn:
                 starts[i].append(measured)
     name = Path(arguments.model).name
-    for label, k in ((f"prefill pp{N_PROMPT}, tok/s", 0), (f"decode tg{N_DECODE}, tok/s", 1)):
+    depth = f" @ d{arguments.prompt}" if arguments.prompt != 512 else ""
+    labels = (f"prefill pp{arguments.prompt}, tok/s", f"decode tg{N_DECODE}{depth}, tok/s")
+    for k, label in enumerate(labels):
         a, b = (statistics.median(r[k] for r in rates[i]) for i in (0, 1))
         print(f"| {name} | {label} | {arguments.threads} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
     for label, k in (("start to first token, s", 0), ("peak resident, MB", 1)):

@@ -282,9 +282,7 @@ def attend(kv_type):
                     head = kv_head * n_group + (row + r) % n_group
                     source = q + t * q_stride + head * vector_nbytes
                     for i in range(0, vector_nbytes, 32):
-                        store_f32x8(
-                            queries + r * row_nbytes + i, load_f32x8(source + i) * factor
-                        )
+                        store_f32x8(queries + r * row_nbytes + i, load_f32x8(source + i) * factor)
                 score(n, scores, queries, row_nbytes, base, page_nbytes, pages, n_pages,
                       head_size, wide)  # fmt: skip
                 for r in range(n):

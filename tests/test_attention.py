@@ -64,7 +64,8 @@ def test_results_do_not_depend_on_the_cut(tmp_path, kv_type, window):
     cached = engine.new_sequence()
     engine.evaluate(cached, IDS)
     engine.free(cached)
-    assert np.array_equal(engine.evaluate(cached := engine.new_sequence(), IDS), logits[-1])
+    cached = engine.new_sequence()
+    assert np.array_equal(engine.evaluate(cached, IDS), logits[-1])
     assert cached.n_reused == (N - 1) // layout.PAGE * layout.PAGE
     engine.close()
 
@@ -81,7 +82,9 @@ def test_results_do_not_depend_on_the_cut(tmp_path, kv_type, window):
         rows = engine.step(batch)
         assert np.array_equal(rows[1], logits[at])
         assert np.array_equal(rows[0], logits[at - 500])
-    mixed = engine.step([(middle, IDS[:5]), (engine.new_sequence(), IDS[:40]), (fresh, IDS[200:203])])
+    mixed = engine.step(
+        [(middle, IDS[:5]), (engine.new_sequence(), IDS[:40]), (fresh, IDS[200:203])]
+    )
     assert np.array_equal(mixed[1], logits[39])
     assert np.array_equal(mixed[2], logits[202])
     engine.close()

@@ -445,8 +445,8 @@ class Program:
             if record.operation.startswith("matmul.project"):
                 most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
             if record.operation.startswith("attention.attend"):
-                row, n_group = 4 * padded(int(a["head_size"])), int(a["n_group"])  # type: ignore[arg-type]
-                states = layout.SPLIT_TOKENS * n_group * 8
+                row = 4 * padded(int(a["head_size"]))  # type: ignore[arg-type]
+                states = 8 * layout.SPLIT_TOKENS * int(a["n_group"])  # type: ignore[arg-type]
                 most = max(most, 64 + 6 * (4 * layout.SPAN + 2 * row) + states)
         return most
 
