@@ -330,7 +330,7 @@ class Program:
                     "out": out, "out_stride": out.stride,
                     "q": self._floats[q], "q_stride": self._floats[q].stride,
                     "cache": Cache(node.settings["layer"]),
-                    "head_nbytes": Cache(size="head_nbytes"),
+                    "cache_stride": Cache(size="head_nbytes"),
                     "page_nbytes": Cache(size="page_nbytes"),
                     "partials": partials, "partials_stride": partials.stride,
                     "n_kv_heads": c.n_kv_heads, "n_group": c.n_heads // c.n_kv_heads,
