@@ -22,6 +22,7 @@ from .layout import KV_NBYTES, PAGE, SPAN, STEP_N_SPANS, STEP_POSITIONS, STEP_TA
 from .quantize import write_forms
 from .simd import *
 from .simd import inline
+from .tiles import tile_load, tile_operations
 
 ROWS = 6
 PAGES = SPAN // PAGE
@@ -166,6 +167,17 @@ def finish_row(out, state, head_nbytes):
         store_f32x8(out + i, load_f32x8(out + i) * share)
 
 
+@inline
+def copy_row(to, source, nbytes):
+    for i in range(0, nbytes, 32):
+        store_f32x8(to + i, load_f32x8(source + i))
+
+
+@inline
+def place(rows, stride, token, head, head_nbytes):
+    return rows + token * stride + head * head_nbytes
+
+
 # --- operations -----------------------------------------------------------------------------------
 def attend(kv_type):
     """Return `attend[type]`: softmax(q K^T * scale) V for the query heads of one KV head.
@@ -182,12 +194,7 @@ def attend(kv_type):
 
     @inline
     def score(n, to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide):
-        if n == 5:
-            to4 = to + 4 * SCORES_NBYTES
-            a4 = a + 4 * a_stride
-            score4(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
-            score1(to4, a4, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
-        elif n == 6:
+        if n >= 5:  # for five rows, the sixth is whatever lies there
             score6(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
         elif n == 4:
             score4(to, a, a_stride, base, page_nbytes, pages, n_pages, head_size, wide)
@@ -200,12 +207,7 @@ def attend(kv_type):
 
     @inline
     def weigh(n, to, to_stride, weights, base, page_nbytes, pages, n_pages, wide):
-        if n == 5:
-            to4 = to + 4 * to_stride
-            weights4 = weights + 4 * SCORES_NBYTES
-            weigh4(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
-            weigh1(to4, to_stride, weights4, base, page_nbytes, pages, n_pages, wide)
-        elif n == 6:
+        if n >= 5:
             weigh6(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
         elif n == 4:
             weigh4(to, to_stride, weights, base, page_nbytes, pages, n_pages, wide)
@@ -218,19 +220,20 @@ def attend(kv_type):
 
     def operation(
         step, part, first, count, scratch,
-        out, out_stride, q, q_stride, cache, head_nbytes, page_nbytes, partials, partials_stride,
+        out, out_stride, q, q_stride, cache, cache_stride, page_nbytes, partials, partials_stride,
         n_kv_heads, n_group, head_size, window, scale: float, cap: float,
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
         tables = load_i64(step + STEP_TABLES)
         n_spans = load_i64(step + STEP_N_SPANS)
         kv_head = part % n_kv_heads
-        base = cache + kv_head * head_nbytes
+        base = cache + kv_head * cache_stride
         wide = (head_size + 31) // 32 * 32
         row_nbytes = wide * 4
-        vector_nbytes = head_size * 4
+        head_nbytes = head_size * 4
         n_rows = count * n_group
-        factor = splat_f32(scale * _LOG2E)
+        factor = splat_f32(scale * _LOG2E)  # scores are logarithms to base 2
+        base2_cap = cap * _LOG2E
         # scratch: states of a span | scores (6, SPAN) | q (6, E) | sums (6, E) | states of all rows
         span_states = scratch
         scores = scratch + 64
@@ -247,9 +250,8 @@ def attend(kv_type):
             first_span = min(first_span, low // SPAN)
             last_span = max(last_span, position // SPAN)
             if n_spans == 1:
-                head = kv_head * n_group + row % n_group
-                clear_row(out + t * out_stride + head * vector_nbytes, states + row * 8,
-                          vector_nbytes)  # fmt: skip
+                to = place(out, out_stride, t, kv_head * n_group + row % n_group, head_nbytes)
+                clear_row(to, states + row * 8, head_nbytes)
         if n_spans > 1:
             first_span = max(first_span, part // n_kv_heads)
             last_span = min(last_span, part // n_kv_heads)
@@ -276,47 +278,44 @@ def attend(kv_type):
                     row += n
                     continue
                 pages = table + 4 * first_page
-                start = first_page * PAGE
                 for r in range(n):
-                    t = first + (row + r) // n_group
                     head = kv_head * n_group + (row + r) % n_group
-                    source = q + t * q_stride + head * vector_nbytes
-                    for i in range(0, vector_nbytes, 32):
-                        store_f32x8(queries + r * row_nbytes + i, load_f32x8(source + i) * factor)
+                    source = place(q, q_stride, first + (row + r) // n_group, head, head_nbytes)
+                    to = queries + r * row_nbytes
+                    for i in range(0, head_nbytes, 32):
+                        store_f32x8(to + i, load_f32x8(source + i) * factor)
                 score(n, scores, queries, row_nbytes, base, page_nbytes, pages, n_pages,
                       head_size, wide)  # fmt: skip
                 for r in range(n):
+                    weights = scores + r * SCORES_NBYTES
                     position = load_i32(positions + 4 * (first + (row + r) // n_group))
-                    seen = position + 1 - start
+                    seen = position + 1 - first_page * PAGE
                     hidden = max(0, seen - window) if window > 0 else 0
-                    softmax(scores + r * SCORES_NBYTES, n_pages * PAGE, hidden, seen,
-                            cap * _LOG2E, span_states + r * 8)  # fmt: skip
+                    softmax(weights, n_pages * PAGE, hidden, seen, base2_cap, span_states + r * 8)
                     if size == 1:
-                        scale_weights(scores + r * SCORES_NBYTES, base, page_nbytes, pages,
-                                      n_pages, (2 * wide + wide // BLOCK * 4) * PAGE)  # fmt: skip
+                        offset = (2 * wide + wide // BLOCK * 4) * PAGE
+                        scale_weights(weights, base, page_nbytes, pages, n_pages, offset)
                 weigh(n, sums, row_nbytes, scores, base, page_nbytes, pages, n_pages, wide)
                 for r in range(n):
                     t = first + (row + r) // n_group
                     head = kv_head * n_group + (row + r) % n_group
+                    state = span_states + r * 8
                     if n_spans == 1:
-                        merge_row(out + t * out_stride + head * vector_nbytes,
-                                  states + (row + r) * 8, sums + r * row_nbytes,
-                                  span_states + r * 8, vector_nbytes)  # fmt: skip
+                        to = place(out, out_stride, t, head, head_nbytes)
+                        merge_row(to, states + (row + r) * 8, sums + r * row_nbytes, state,
+                                  head_nbytes)  # fmt: skip
                     else:
                         to = partials + (t * n_spans + span) * partials_stride
-                        for i in range(0, vector_nbytes, 32):
-                            store_f32x8(to + head * vector_nbytes + i,
-                                        load_f32x8(sums + r * row_nbytes + i))  # fmt: skip
-                        to += n_kv_heads * n_group * vector_nbytes + head * 8
-                        store_i64(to, load_i64(span_states + r * 8))
+                        copy_row(to + head * head_nbytes, sums + r * row_nbytes, head_nbytes)
+                        to += n_kv_heads * n_group * head_nbytes + head * 8
+                        store_i64(to, load_i64(state))
                 row += n
 
         if n_spans == 1:
             for row in range(n_rows):
-                t = first + row // n_group
                 head = kv_head * n_group + row % n_group
-                finish_row(out + t * out_stride + head * vector_nbytes, states + row * 8,
-                           vector_nbytes)  # fmt: skip
+                to = place(out, out_stride, first + row // n_group, head, head_nbytes)
+                finish_row(to, states + row * 8, head_nbytes)
 
     return operation
 
@@ -329,18 +328,18 @@ def merge(
     """Put the spans of every row together where `attend` shared them out; write the byte forms."""
     positions = load_i64(step + STEP_POSITIONS)
     n_spans = load_i64(step + STEP_N_SPANS)
-    vector_nbytes = head_size * 4
+    head_nbytes = head_size * 4
     for t in range(first, first + count):
         row = out + t * out_stride
         if n_spans > 1:
             position = load_i32(positions + 4 * t)
             first_span = max(0, position + 1 - window) // SPAN if window > 0 else 0
             for head in range(n_heads):
-                to = row + head * vector_nbytes
-                clear_row(to, scratch, vector_nbytes)
+                to = row + head * head_nbytes
+                clear_row(to, scratch, head_nbytes)
                 for span in range(first_span, position // SPAN + 1):
                     at = partials + (t * n_spans + span) * partials_stride
-                    state = at + n_heads * vector_nbytes + head * 8
-                    merge_row(to, scratch, at + head * vector_nbytes, state, vector_nbytes)
-                finish_row(to, scratch, vector_nbytes)
+                    state = at + n_heads * head_nbytes + head * 8
+                    merge_row(to, scratch, at + head * head_nbytes, state, head_nbytes)
+                finish_row(to, scratch, head_nbytes)
         write_forms(t, row, out_stride // 128, i8, i8_stride, i16, i16_stride)

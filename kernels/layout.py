@@ -13,7 +13,7 @@ ACTIVATION_NBYTES = {"i8": I8_NBYTES, "i16": I16_NBYTES, "f32": 128}
 # --- the KV cache: see `kv.py` --------------------------------------------------------------------
 PAGE = 32  # positions
 SPAN = 256  # positions over which attention sums before it merges: part of what a result is
-SPLIT_TOKENS = 8  # steps of at most so many tokens share their spans out among threads
+SPLIT_TOKENS = 12  # steps of at most so many tokens share their spans out among threads
 SPLIT_ROWS = 1024  # (token, span) pairs that there is room for
 KV_NBYTES = {"f16": 2, "f32": 4, "q8_0": 1}  # of an element
 

@@ -90,7 +90,7 @@ def test_results_do_not_depend_on_the_cut(tmp_path, kv_type, window):
     engine.close()
 
 
-@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_gemma_decodes_beyond_its_window(gemma3, kv_type):
     """Single tokens, whose spans are shared out, give the bits of one long step."""
     ids = [int(i) for i in np.random.default_rng(5).integers(1000, 200000, 640)]

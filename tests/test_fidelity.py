@@ -51,6 +51,21 @@ def test_divergence_is_at_most_llama_cpps(
 
 
 @pytest.mark.parametrize(("fixture", "name", "peer_kl"), MODELS)
+def test_q8_0_cache_costs_little(
+    fixture: str, name: str, peer_kl: float, request: pytest.FixtureRequest
+) -> None:
+    """Mean KL is within 0.001 of that with the f16 cache."""
+    reference = read_reference(name)
+    ids = reference["tokens"].tolist()
+    means = {}
+    for kv_type in ("f16", "q8_0"):
+        with LLM(request.getfixturevalue(fixture), n_ctx=len(ids), kv_type=kv_type) as llm:
+            means[kv_type] = naive.divergence(llm.logits(ids), reference).mean()
+    print(f"\n{name}: mean KL {means}")
+    assert means["q8_0"] <= means["f16"] + 1e-3, means
+
+
+@pytest.mark.parametrize(("fixture", "name", "peer_kl"), MODELS)
 def test_oracle_is_the_reference(
     fixture: str, name: str, peer_kl: float, request: pytest.FixtureRequest
 ) -> None:

@@ -335,7 +335,7 @@ class Program:
                     "out": out, "out_stride": out.stride,
                     "q": self._floats[q], "q_stride": self._floats[q].stride,
                     "cache": Cache(node.settings["layer"]),
-                    "head_nbytes": Cache(size="head_nbytes"),
+                    "cache_stride": Cache(size="head_nbytes"),
                     "page_nbytes": Cache(size="page_nbytes"),
                     "partials": partials, "partials_stride": partials.stride,
                     "n_kv_heads": c.n_kv_heads, "n_group": c.n_heads // c.n_kv_heads,
@@ -452,8 +452,8 @@ class Program:
             if record.operation.startswith("matmul.project"):
                 most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
             if record.operation.startswith("attention.attend"):
-                row, n_group = 4 * padded(int(a["head_size"])), int(a["n_group"])  # type: ignore[arg-type]
-                states = layout.SPLIT_TOKENS * n_group * 8
+                row = 4 * padded(int(a["head_size"]))  # type: ignore[arg-type]
+                states = 8 * layout.SPLIT_TOKENS * int(a["n_group"])  # type: ignore[arg-type]
                 most = max(most, 64 + 6 * (4 * layout.SPAN + 2 * row) + states)
         return most
 
