@@ -80,7 +80,7 @@ class LLM:
     `model` is a path, a catalogue name, hf:org/repo/file.gguf or a URL; None is the default model.
     `n_ctx` is the most tokens of one text (default: 4096, or what the model was trained for if that
     is less), `n_batch` the most tokens in one step, `n_threads` defaults to the physical cores that
-    may be used, `kv_type` is "f16" or "f32", `seed` None is random.  `draft` makes answers faster
+    may be used, `kv_type` is "f16", "f32" or "q8_0", `seed` None is random.  `draft` makes answers faster
     where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
