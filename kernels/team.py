@@ -93,6 +93,7 @@ class Team:
         self._scratch = np.zeros(n_threads * scratch_nbytes + 64, np.uint8)
         self._counters = np.zeros(0, np.int64)
         self._table: object = None
+        self._retired: list[object] = []
         waits = _system_waits()
         self._set(layout.TEAM_STEP, self._step.ctypes.data)
         self._set(layout.TEAM_SCRATCH, -(-self._scratch.ctypes.data // 64) * 64)
@@ -132,7 +133,13 @@ class Team:
                     self._n_parked -= 1
 
     def use(self, table: np.ndarray) -> None:
-        """Take the operation table (n, RECORD_NBYTES / 8) that launches run."""
+        """Take the operation table (n, RECORD_NBYTES / 8) that launches run.
+
+        A thread may still be on its way through the last one: it must find nothing there to claim, whatever
+        the next step says, and nothing freed.
+        """
+        self._counters[:] = -1  # of no epoch
+        self._retired.append((self._table, self._counters))
         self._table = table
         self._counters = np.zeros(len(table) * layout.COUNTER_NBYTES // 8 + 8, np.int64)
         self._set(layout.TEAM_COUNTERS, -(-self._counters.ctypes.data // 64) * 64)
