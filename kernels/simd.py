@@ -216,7 +216,6 @@ load_u8x8 = _op1(
     F32x8,
     lambda b, a: b.sitofp(b.zext(_load(b, a, vector(i8, 8)), vector(i32, 8)), vector(f32, 8)),
 )
-load_u8x8_i32 = _op1(I32x8, lambda b, a: b.zext(_load(b, a, vector(i8, 8)), vector(i32, 8)))
 load_bytes32 = _op1(Bytes32, lambda b, a: _load(b, a, vector(i8, 32)))
 store_bytes32 = _op2(types.void, lambda b, a, v: _store(b, a, v))
 load_bytes16 = _op1(Bytes16, lambda b, a: _load(b, a, vector(i8, 16)))
@@ -275,18 +274,6 @@ _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the v
 iq4_table = _op1(Bytes16, _constant_table(_IQ4))
 mxfp4_table = _op1(Bytes32, _constant_table([12 + value for value in _E2M1]))
 
-
-def _half_to_f32(first):
-    def emit(builder, value):
-        half = shuffle(builder, value, list(range(first, first + 8)))
-        return builder.sitofp(builder.sext(half, vector(i32, 8)), vector(f32, 8))
-
-    return emit
-
-
-low_i8_to_f32 = _op1(F32x8, _half_to_f32(0))
-high_i8_to_f32 = _op1(F32x8, _half_to_f32(8))
-
 # --- products of bytes ----------------------------------------------------------------------------
 pairs_zero = _op0(Pairs, lambda b: ir.Constant(lowering.pairs_type, None))
 pairs_add = _op3(Pairs, lambda b, acc, w, y: lowering.pairs_add(b, acc, w, y))
@@ -333,8 +320,6 @@ def _e8m0(builder, address):
 
 
 load_e8m0x8 = _op1(F32x8, _e8m0)
-shl_i32 = _op2(I32x8, lambda b, v, n: b.shl(v, _splat_value(b, b.trunc(n, i32), 8)))
-as_f32 = _op1(F32x8, lambda b, v: b.bitcast(v, vector(f32, 8)))
 maximum = _op2(F32x8, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 minimum = _op2(F32x8, lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 absolute = _op1(

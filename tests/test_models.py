@@ -195,6 +195,18 @@ def test_gemma_beyond_its_window_is_bit_identical(gemma3):
     other.close()
 
 
+def test_weights_are_the_same_without_pread(tmp_path, monkeypatch):
+    """As on Windows, where the kernels cannot read the file themselves."""
+    path = make_model(tmp_path / "m.gguf", tied=False)
+    engine = open_engine(path)
+    expected = engine.logits(IDS)
+    engine.close()
+    monkeypatch.setattr("edgellama.runtime.weights.pread_address", lambda: 0)
+    engine = open_engine(path)
+    assert np.array_equal(engine.logits(IDS), expected)
+    engine.close()
+
+
 def test_two_engines_and_fork(tmp_path):
     path = make_model(tmp_path / "m.gguf")
     a, b = open_engine(path), open_engine(path, n_threads=1)

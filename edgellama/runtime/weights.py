@@ -117,7 +117,7 @@ class Weights:
     def _load_some(self, matrices: Sequence[_Matrix], team: Team) -> None:
         table = np.zeros((len(matrices), layout.RECORD_NBYTES // 8), np.int64)
         failures = np.zeros((len(matrices), 2), np.int64)  # short reads, floats not finite
-        places = [matrix.source.place() for matrix in matrices]
+        places = [_place(matrix) for matrix in matrices]
         for row, matrix, place, failed in zip(table, matrices, places, failures, strict=True):
             arguments = self._arguments(matrix, place, matrix.n_rows, matrix.piece_groups)
             arguments["failures"] = failed.ctypes.data
@@ -153,6 +153,15 @@ class Weights:
             "per_part": per_part, "file": max(place.file, 0), "failures": self._ignored.ctypes.data,
             "read": pread_address() if place.file >= 0 else 0,
         }  # fmt: skip
+
+
+def _place(matrix: _Matrix) -> Place:
+    """The file itself where the kernels can read it, otherwise (Windows) a copy in memory."""
+    if pread_address():
+        return matrix.source.place()
+    data = np.empty(matrix.nbytes, np.uint8)
+    matrix.source.read_into(data, 0)
+    return Place(data.ctypes.data, data)
 
 
 def _vector(gguf: GGUFFile, name: str) -> np.ndarray:
