@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,13 +28,16 @@ class _Bar:
         self.lock = threading.Lock()
         self.rich: Progress | None = None
 
-    def advance(self, n: int) -> None:
+    def advance(self, n: int, title: str = "") -> None:
         with self.lock:
             self.done += n
+            self.title = title or self.title
             if self.rich is None and time.monotonic() - self.start > _DELAY_S:
                 self.rich = self._show()
             if self.rich is not None:
-                self.rich.update(self.rich.task_ids[0], completed=self.done)
+                self.rich.update(
+                    self.rich.task_ids[0], completed=self.done, description=_plain(self.title)
+                )
 
     def _show(self) -> Progress:
         from rich.console import Console
@@ -54,16 +57,27 @@ class _Bar:
             console=Console(stderr=True),
             transient=True,
         )
-        bar.add_task(self.title.replace("[", r"\["), total=self.total)
+        bar.add_task(_plain(self.title), total=self.total)
         bar.start()
         return bar
 
 
+def _plain(title: str) -> str:
+    """A title in which brackets are not markup."""
+    return title.replace("[", r"\[")
+
+
+class Advance(Protocol):
+    """Counts `n` more; a `title` replaces the one before it."""
+
+    def __call__(self, n: int, title: str = "") -> None: ...
+
+
 @contextmanager
-def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
     """Yield `advance(n)`; `total` and `n` are bytes when `unit` is "B", otherwise a plain count."""
     if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda n: None
+        yield lambda n, title="": None
         return
     bar = _Bar(title, total, unit)
     try:

@@ -1,7 +1,8 @@
-"""Reading GGUF files: bounds-checked, and fast enough to be part of start-up (`reader.py`)."""
+"""GGUF files: a bounds-checked reader that is part of start-up (`reader.py`), and a writer."""
 
 from __future__ import annotations
 
+from .cursor import RawValue
 from .reader import GGUFFile, Place, TensorBytes, TensorInfo, open_gguf
 
-__all__ = ["GGUFFile", "Place", "TensorBytes", "TensorInfo", "open_gguf"]
+__all__ = ["GGUFFile", "Place", "RawValue", "TensorBytes", "TensorInfo", "open_gguf"]

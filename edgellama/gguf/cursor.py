@@ -12,7 +12,7 @@ import stat
 import struct
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from edgellama.errors import ModelFileError
 MAX_HEADER_NBYTES = 1 << 26
 _FIRST_READ = 1 << 18
 
-_SCALARS: dict[int, tuple[str, str]] = {  # value type: struct code, NumPy dtype
+SCALARS: dict[int, tuple[str, str]] = {  # value type: struct code, NumPy dtype
     0: ("B", "u1"),
     1: ("b", "i1"),
     2: ("<H", "<u2"),
@@ -35,7 +35,15 @@ _SCALARS: dict[int, tuple[str, str]] = {  # value type: struct code, NumPy dtype
     11: ("<q", "<i8"),
     12: ("<d", "<f8"),
 }
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+BOOL, STRING, ARRAY = 7, 8, 9
+
+
+class RawValue(NamedTuple):
+    """A metadata value as it stands in a file: its type, then its bytes."""
+
+    data: bytes
+
+
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -144,16 +152,16 @@ class Cursor:
             raise self.fail(f"{what} is not UTF-8", at) from None
 
     def value(self, kind: int, what: str) -> Any:
-        if kind == _STRING:
+        if kind == STRING:
             return self.string(what)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array(what)
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise self.fail(f"{what} has value type {kind}; GGUF defines 0 to 12", self.at - 4)
-        code = _SCALARS[kind][0]
+        code = SCALARS[kind][0]
         at = self.need(struct.calcsize(code), what)
         value = struct.unpack_from(code, self.data, at)[0]
-        if kind == _BOOL:
+        if kind == BOOL:
             if value > 1:
                 raise self.fail(f"{what} is a bool with value {value}; it must be 0 or 1", at)
             return bool(value)
@@ -163,16 +171,16 @@ class Cursor:
         at = self.at
         kind = self.u32(what)
         count = self.u64(what)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             raise self.fail(f"{what} is an array of arrays, which is not supported", at)
-        if kind == _STRING:
+        if kind == STRING:
             return self.strings(count, what)
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise self.fail(f"{what} has element type {kind}; GGUF defines 0 to 12", at)
-        dtype = np.dtype(_SCALARS[kind][1])
+        dtype = np.dtype(SCALARS[kind][1])
         start = self.need(count * dtype.itemsize, what)
         values = np.frombuffer(self.data, dtype, count, start)
-        if kind == _BOOL:
+        if kind == BOOL:
             if (values > 1).any():
                 raise self.fail(f"{what} is an array of bools with a value other than 0 and 1", at)
             return values.astype(bool)

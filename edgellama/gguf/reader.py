@@ -19,7 +19,7 @@ import numpy as np
 from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.kernels.blocks import FORMAT_BY_ID, OTHER_TYPES, BlockFormat
 
-from .cursor import Cursor, Part
+from .cursor import Cursor, Part, RawValue
 from .finite import is_finite
 
 MAX_COUNT = 1 << 16  # tensors, and metadata keys
@@ -110,6 +110,7 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._parts: list[Part] = []
+        self._spans: dict[str, tuple[int, int]] = {}  # of the values in the first part
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -121,6 +122,13 @@ class GGUFFile:
         """Return the reader of a tensor's bytes, which keeps the file open."""
         info = self.tensors[name]
         return TensorBytes(self._parts[info.part], info)
+
+    def raw_value(self, key: str) -> RawValue:
+        """Return a metadata value as it stands in the file, to be written into another."""
+        start, end = self._spans[key]
+        out = np.empty(end - start, np.uint8)
+        self._parts[0].read(out, start, f"metadata key {shown(key)}")
+        return RawValue(out.tobytes())
 
     def data(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor, u8 (nbytes,), as a copy.
@@ -211,17 +219,20 @@ def _read_part(gguf: GGUFFile, path: Path) -> None:
         counts.append(c.u64(f"the number of {what}"))
         if counts[-1] > MAX_COUNT:
             raise c.fail(f"{counts[-1]} {what} are claimed; at most {MAX_COUNT} are allowed", at)
-    metadata = _read_metadata(c, counts[1])
+    metadata, spans = _read_metadata(c, counts[1])
     alignment = metadata.get("general.alignment", 32)
     if not 0 < alignment <= 1 << 30 or alignment & (alignment - 1):
         raise c.fail(f"general.alignment is {alignment}; it must be a power of two up to 2^30")
     if len(gguf._parts) == 1:
         gguf.version, gguf.alignment, gguf.metadata = version, alignment, metadata
+        gguf._spans = spans
     _read_tensors(gguf, c, counts[0], alignment)
 
 
-def _read_metadata(c: Cursor, n_keys: int) -> dict[str, Any]:
+def _read_metadata(c: Cursor, n_keys: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Return the values by key, and where type and value of each begin and end."""
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i in range(n_keys):
         at = c.at
         key = c.string(f"metadata key {i}", MAX_KEY_NBYTES)
@@ -230,11 +241,13 @@ def _read_metadata(c: Cursor, n_keys: int) -> dict[str, Any]:
         if key in metadata:
             raise c.fail(f"metadata key {shown(key)} appears twice", at)
         what = shown(key)
+        start = c.at
         kind = c.u32(what)
         if key == "general.alignment" and kind != 4:
             raise c.fail(f"general.alignment has value type {kind}; it must be a u32 (4)", at)
         metadata[key] = c.value(kind, what)
-    return metadata
+        spans[key] = start, c.at
+    return metadata, spans
 
 
 def _read_tensors(gguf: GGUFFile, c: Cursor, n_tensors: int, alignment: int) -> None:

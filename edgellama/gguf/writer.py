@@ -1,0 +1,191 @@
+"""Writing GGUF files: metadata, the table of tensors, then their bytes as they come.
+
+Own code, because a vocabulary of 262144 tokens is copied as it stands, to the byte, and because tensors
+come in pieces that no memory holds together.  The file has a temporary name until it is whole.
+Source: the GGUF specification, version 3.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from edgellama.errors import UsageError
+from edgellama.kernels.blocks import BlockFormat, padded
+
+from .cursor import ARRAY, BOOL, SCALARS, STRING, RawValue
+
+ALIGNMENT = 32
+_U32, _I32, _F32, _U64, _I64 = 4, 5, 6, 10, 11
+_KIND_OF = {np.dtype(dtype): kind for kind, (_, dtype) in SCALARS.items() if kind != BOOL}
+_KIND_OF[np.dtype(bool)] = BOOL
+
+
+class NewTensor(NamedTuple):
+    """A tensor to be written; `shape[0]` is the number of columns, as in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: BlockFormat
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its blocks."""
+        return prod(self.shape) // self.format.n_weights * self.format.nbytes
+
+
+class GGUFWriter:
+    """Writes one file; `append` the bytes of the tensors in their order, inside a `with`.
+
+    Leaving the block without an error gives the file its name; otherwise nothing is left.
+    Raises: UsageError when the file exists and `force` is not set; OSError for a full disk.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any],
+        tensors: Sequence[NewTensor],
+        *,
+        force: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        check_absent(self.path, force)
+        self._force = force
+        self._tensors = tensors
+        self._header = _header(metadata, tensors)
+        self.nbytes = len(self._header) + sum(padded(t.nbytes, ALIGNMENT) for t in tensors)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._file: IO[bytes] | None = None
+        self._index = 0  # of the tensor that is being written
+        self._left = 0  # bytes of it that are still to come
+
+    def __enter__(self) -> GGUFWriter:
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is no folder; make it, or write {self.path.name} elsewhere")
+        free = shutil.disk_usage(folder).free
+        if self.nbytes > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.path} needs {self.nbytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
+                "make room, or write to another disk",
+            )
+        self._file = open(self._temporary, "wb")
+        try:
+            self._file.write(self._header)
+        except BaseException:
+            self._discard()
+            raise
+        self._begin(0)
+        return self
+
+    def append(self, data: np.ndarray) -> None:
+        """Write the next bytes of the current tensor, u8, any number that it still needs."""
+        assert self._file is not None, "append outside of `with`"
+        assert data.nbytes <= self._left, f"{data.nbytes} bytes, {self._left} are left"
+        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self._left -= data.nbytes
+        if self._left == 0:
+            self._file.write(bytes(-self._tensors[self._index].nbytes % ALIGNMENT))
+            self._begin(self._index + 1)
+
+    def _begin(self, index: int) -> None:
+        self._index = index
+        self._left = self._tensors[index].nbytes if index < len(self._tensors) else 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._file is not None
+        try:
+            if kind is None:
+                assert self._index == len(self._tensors), f"tensor {self._index} is not whole"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                check_absent(self.path, self._force)
+                os.replace(self._temporary, self.path)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            # Closing writes what is buffered, which fails again when the disk is full.
+            try:
+                self._file.close()
+            except OSError:
+                pass
+            self._file = None
+        self._temporary.unlink(missing_ok=True)
+
+
+def check_absent(path: Path, force: bool) -> None:
+    """Refuse to overwrite a file without being told to.
+
+    Raises: UsageError.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; give another name, or --force to overwrite it")
+
+
+def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
+    """Magic, version, counts, metadata and table of tensors, padded to where the data begin."""
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        out += _text(key) + encode_value(value)
+    offset = 0
+    for tensor in tensors:
+        out += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
+        out += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
+        out += struct.pack("<IQ", tensor.format.type_id, offset)
+        offset += padded(tensor.nbytes, ALIGNMENT)
+    return bytes(out) + bytes(-len(out) % ALIGNMENT)
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def encode_value(value: Any) -> bytes:
+    """Return type and bytes of a metadata value: u32 for integers that fit, f32 for floats."""
+    match value:
+        case RawValue():
+            return value.data
+        case bool():
+            return struct.pack("<IB", BOOL, value)
+        case int():
+            kind, code = next(
+                (kind, code)
+                for kind, code, least, most in (
+                    (_U32, "<I", 0, 1 << 32), (_I32, "<i", -(1 << 31), 0),
+                    (_U64, "<Q", 0, 1 << 64), (_I64, "<q", -(1 << 63), 0),
+                )
+                if least <= value < most
+            )  # fmt: skip
+            return struct.pack("<I", kind) + struct.pack(code, value)
+        case float():
+            return struct.pack("<If", _F32, value)
+        case str():
+            return struct.pack("<I", STRING) + _text(value)
+        case np.ndarray():
+            kind = _KIND_OF[value.dtype]
+            return struct.pack("<IIQ", ARRAY, kind, len(value)) + value.tobytes()
+        case [str(), *_]:
+            return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))
+        case [bool(), *_]:
+            return encode_value(np.array(value, bool))
+        case [*_] if all(isinstance(x, int) for x in value):
+            return encode_value(np.array(value, np.int32))
+        case [*_]:
+            return encode_value(np.array(value, np.float32))
+    raise TypeError(f"no value type of GGUF holds a {type(value).__name__}")

@@ -1,0 +1,235 @@
+"""Tokenizers of checkpoints become GGUF metadata, and give the same ids."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellama.convert.tiktoken import read_tiktoken
+from edgellama.convert.vocabulary import PROBES, read_vocabulary, sampling_defaults
+from edgellama.errors import ModelFileError, UnsupportedModelError
+from edgellama.tokenizer import load_tokenizer
+from edgellama.tokenizer.bpe import byte_of_character
+from edgellama.tokenizer.pre import PRE_TOKENIZERS
+
+tokenizers = pytest.importorskip("tokenizers")
+TEXT = [*PROBES, *(f"the quick brown fox {i} jumps over the lazy dog's back" for i in range(200))]
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny_models" / "stories260K"
+# Published patterns; what they are called in a GGUF is for the converter to find out.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve"
+    r"|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:"
+    r"'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def cutter(name: str):
+    pre = tokenizers.pre_tokenizers
+    split = {"llama3": LLAMA3, "dbrx": LLAMA3, "qwen2": QWEN2}
+    bytes_ = pre.ByteLevel(add_prefix_space=False, use_regex=name not in split)
+    if name in split:
+        return pre.Sequence([pre.Split(tokenizers.Regex(split[name]), "isolated"), bytes_])
+    return pre.Sequence([pre.Digits(True), bytes_]) if name == "starcoder" else bytes_
+
+
+def byte_level(folder: Path, name: str, **extra) -> Path:
+    """A small trained BPE, with a template that puts <s> first when `bos` is set."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name == "llama3"))
+    tokenizer.pre_tokenizer = cutter(name)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "<|end|>"], show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.add_tokens(["<plain>"])
+    if extra.pop("bos", False):
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, **extra}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "starcoder", "llama3", "dbrx", "qwen2"])
+def test_byte_level_bpe(tmp_path, name):
+    folder = byte_level(tmp_path, name)
+    metadata = read_vocabulary(folder, {}, 512)
+    assert PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[name]
+    ours = load_tokenizer(metadata)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in [*PROBES, "something else 12345, isn't it?"]:
+        assert ours.encode(text, add_special=False) == theirs.encode(text).ids
+    assert len(metadata["tokenizer.ggml.tokens"]) == 512
+    assert metadata["tokenizer.ggml.token_type"][-1] == 5  # a row of the embedding without a text
+    assert metadata["tokenizer.ggml.bos_token_id"] == 0
+    assert metadata["tokenizer.ggml.eos_token_id"] == 1
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert ours.encode("<plain>", add_special=False) == [400]  # user-defined: always one token
+
+
+def test_a_text_that_begins_with_bos(tmp_path):
+    metadata = read_vocabulary(byte_level(tmp_path, "llama3", bos=True), {}, 401)
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert load_tokenizer(metadata).encode("x")[0] == 0
+
+
+def test_a_pattern_that_is_not_known(tmp_path):
+    folder = byte_level(tmp_path, "gpt-2")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Isolated",
+             "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False},
+        ],
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UnsupportedModelError, match="cuts text as no known pre-tokenizer does"):
+        read_vocabulary(folder, {}, 512)
+
+
+def sentencepiece(folder: Path, **options) -> Path:
+    """A small trained sentencepiece model."""
+    library = pytest.importorskip("sentencepiece")
+    (folder / "text").write_text("\n".join(TEXT * 3), "utf-8")
+    library.SentencePieceTrainer.Train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"),
+        vocab_size=600, model_type="bpe", byte_fallback=True, character_coverage=0.99,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2, **options,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(tmp_path, prefix):
+    library = pytest.importorskip("sentencepiece")
+    folder = sentencepiece(
+        tmp_path, add_dummy_prefix=prefix, user_defined_symbols=["<tool>"], control_symbols=["<c>"]
+    )
+    metadata = read_vocabulary(folder, {}, 640)
+    assert metadata["tokenizer.ggml.add_space_prefix"] is prefix
+    types = metadata["tokenizer.ggml.token_type"]
+    by_text = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    kinds = [types[by_text[t]] for t in ("<unk>", "<s>", "<tool>", "<c>", "<0x0A>", "[PAD600]")]
+    assert kinds == [2, 3, 4, 3, 6, 5]
+    processor = library.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = load_tokenizer(metadata)
+    for text in PROBES:
+        assert ours.encode(text, add_special=False) == processor.EncodeAsIds(text)
+
+
+def test_damaged_sentencepiece(tmp_path):
+    folder = sentencepiece(tmp_path)
+    model = folder / "tokenizer.model"
+    whole = model.read_bytes()
+    for cut in (5, 100, len(whole) // 2):
+        model.write_bytes(whole[:cut])
+        with pytest.raises(ModelFileError, match="damaged or no sentencepiece model"):
+            read_vocabulary(folder, {}, 640)
+    model.write_bytes(b"\x0a" + b"\xff" * 40)
+    with pytest.raises(ModelFileError, match="damaged or no sentencepiece model"):
+        read_vocabulary(folder, {}, 640)
+    model.write_bytes(b"not base64\n")
+    with pytest.raises(ModelFileError, match="line 1 holds no token in base64 and rank"):
+        read_vocabulary(folder, {}, 640)
+
+
+def test_sentencepiece_in_a_tokenizer_json(tmp_path):
+    """Merges stand in for scores: the same ids as from the model file itself."""
+    folder = sentencepiece(tmp_path)
+    wanted = read_vocabulary(folder, {}, 600)
+    tokens, scores = wanted["tokenizer.ggml.tokens"], wanted["tokenizer.ggml.scores"]
+    ids = {text: i for i, text in enumerate(tokens)}
+    merges = [
+        (-scores[ids[text]], text[:cut], text[cut:])
+        for text in tokens[259:] for cut in range(1, len(text))
+        if text[:cut] in ids and text[cut:] in ids
+    ]  # fmt: skip
+    model = tokenizers.models.BPE(
+        ids, [(a, b) for _, a, b in sorted(merges)], unk_token="<unk>", fuse_unk=True,
+        byte_fallback=True,
+    )  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    (folder / "tokenizer.model").unlink()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    metadata = read_vocabulary(folder, {"bos_token_id": 1, "eos_token_id": [2, 0]}, 600)
+    assert metadata["tokenizer.ggml.tokens"] == tokens
+    assert (metadata["tokenizer.ggml.token_type"] == wanted["tokenizer.ggml.token_type"]).all()
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    assert metadata["tokenizer.ggml.eos_token_id"] == 2
+
+
+def test_tiktoken(tmp_path):
+    folder = byte_level(tmp_path, "dbrx")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    table = byte_of_character()
+    texts = [bytes(table[c] for c in t) for t in document["model"]["vocab"] if t[0] != "<"]
+    order = {bytes([b]): b for b in range(256)}
+    order |= {t: i for i, t in enumerate((t for t in texts if len(t) > 1), 256)}
+    lines = [f"{base64.b64encode(t).decode()} {rank}" for t, rank in order.items()]
+    path = tmp_path / "tokenizer.model"
+    path.write_text("\n".join(lines))
+    ranks = read_tiktoken(path)
+    assert len(ranks.tokens) == len(order)
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
+    assert ranks.merges == pairs
+    assert ranks.special[len(order)] == "<|begin_of_text|>"
+    path.write_text("\n".join(lines[:-1]) + "\nAAAA 9999")
+    with pytest.raises(ModelFileError, match="the ranks are not 0 to"):
+        read_tiktoken(path)
+
+
+def test_templates_and_defaults(tmp_path):
+    named = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    metadata = read_vocabulary(byte_level(tmp_path, "gpt-2", chat_template=named), {}, 401)
+    assert metadata["tokenizer.chat_template"] == "A"
+    assert metadata["tokenizer.chat_template.tool_use"] == "B"
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert read_vocabulary(tmp_path, {}, 401)["tokenizer.chat_template"] == "C"
+    given = {"temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": None}
+    assert sampling_defaults(given) == {"general.sampling.temp": 0.6, "general.sampling.top_k": 20}
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ModelFileError, match=r"no tokenizer\.json and no tokenizer\.model"):
+        read_vocabulary(tmp_path, {}, 10)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelFileError, match="is no JSON"):
+        read_vocabulary(tmp_path, {}, 10)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    with pytest.raises(UnsupportedModelError, match="of type WordPiece; BPE is needed"):
+        read_vocabulary(tmp_path, {}, 10)
+    byte_level(tmp_path, "gpt-2")
+    with pytest.raises(ModelFileError, match="the model has 300 rows of embeddings"):
+        read_vocabulary(tmp_path, {}, 300)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared/data/tiny_models")
+def test_a_published_model():
+    from edgellama.gguf import open_gguf
+
+    metadata = read_vocabulary(STORIES / "hf", {}, 512)
+    with open_gguf(STORIES / "stories260K.f32.gguf") as gguf:
+        for key, value in metadata.items():
+            if key in gguf.metadata and isinstance(value, list | np.ndarray):
+                assert list(value) == list(gguf.metadata[key]), key
