@@ -16,13 +16,13 @@ from edgellama.progress import progress
 from .lowering import compile_program
 
 
-def load_pack(names: Sequence[str], target: targets.Target) -> Pack:
-    """Load operations for this CPU, building first those that are missing or damaged.
+def load_pack(names: Sequence[str], target: targets.Target, pack: Pack | None = None) -> Pack:
+    """Load operations for this CPU, into `pack` or a new one; build those missing or damaged.
 
     Raises: KernelError.
     """
     try:
-        pack = Pack(target, home() / "packs")
+        pack = pack or Pack(target, home() / "packs")
         missing = pack.missing(names)
         if missing:
             _build(missing, target)
