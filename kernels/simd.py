@@ -471,6 +471,7 @@ def _call_system(builder, function, *args):
 
 
 call_yield = _op1(types.void, _call_system)
+call_clock = _op3(types.void, _call_system)
 # The system's sleep takes an unsigned 32-bit count.
 call_sleep = _op2(types.void, lambda b, f, units: _call_system(b, f, b.trunc(units, i32)))
 

@@ -1,8 +1,9 @@
 """The engine: runs steps of token ids and returns logits. It knows nothing of text.
 
-A step takes up to `n_batch` tokens of one or more sequences. A native call is kept near 0.15 s by
-running the table in pieces of measured length, so that Ctrl-C and `abort` are seen between them; an
-interrupted step leaves every sequence as it was.
+A step takes up to `n_batch` tokens of one or more sequences: their arrays are staged, the body of the
+program runs, their pages are committed, and the head runs for the rows whose logits are wanted.  Ctrl-C,
+`abort` and `close` end it between two chunks of an operation (`kernels/team.py`); every sequence is
+then as it was.
 """
 
 from __future__ import annotations
@@ -39,12 +40,10 @@ from .weights import Weights
 
 KV_TYPES = ("f16", "f32", "q8_0")
 _N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
-_CALL_S, _OPERATION_S = 0.15, 0.25
-_MANY_TOKENS = 32
 
 
 class Aborted(EdgeLlamaError):
-    """`Engine.abort` was called while a step ran."""
+    """`abort` or `close` ended a step."""
 
 
 class Engine:
@@ -81,9 +80,8 @@ class Engine:
         self.n_threads = n_threads
         self._lock = threading.Lock()
         self._freed: deque[Sequence] = deque()
-        self._abort = False
+        self._owner: int | None = None  # thread that holds the lock
         self._closed = False
-        self._macs_per_s = 2e9 * n_threads
 
         program = compile_program(config, gguf.tensors, kv_type, fuse=fuse)
         self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
@@ -119,13 +117,7 @@ class Engine:
             raise OutOfMemoryError(
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error
-        self.n_macs = sum(
-            record.n_macs for record in program.records
-        )  # of a token, without attention
-        self._macs = np.array(
-            [(r.n_macs, r.n_position_macs, r.n_positions) for r in program.records], np.float64
-        ).T
-        self._of_out_rows = np.array([record.of_out_rows for record in program.records])
+        self.n_macs = sum(r.n_macs for r in program.records)  # of a token, without attention
         self._head_first = program.head_first
         self._n_records = len(program.records)
         self._team.use(self._bound.table)
@@ -159,8 +151,14 @@ class Engine:
     def _locked(self) -> Iterator[None]:
         """One step, or one change of sequences, at a time."""
         with self._lock:
-            self._forget_freed()
-            yield
+            self._owner = threading.get_ident()
+            try:
+                self._forget_freed()
+                yield
+            finally:
+                self._owner = None
+                if self._closed:
+                    self._release()
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Go back to the first `n_tokens` tokens; nothing is computed.
@@ -172,6 +170,27 @@ class Engine:
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
         with self._locked():
             self._cache.truncate(sequence, n_tokens)
+
+    def abort(self) -> None:
+        """End the running step from another thread, or if none runs, the next one.
+
+        It raises `Aborted`, and every sequence is as it was before.
+        """
+        self._team.abort()
+
+    def close(self) -> None:
+        """Stop the threads and free all memory; a step that runs elsewhere is aborted first."""
+        self._closed = True
+        self._team.abort()
+        # A signal's handler may come in the middle of a step of this very thread, which then frees.
+        if self._owner != threading.get_ident():
+            with self._locked():
+                pass
+
+    def _release(self) -> None:
+        self._team.close()
+        for name in ("_bound", "_weights", "_cache"):
+            self.__dict__.pop(name, None)
 
     # --- evaluation -------------------------------------------------------------------------------
     def evaluate(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
@@ -202,7 +221,7 @@ class Engine:
             skip = 0 if sequence.tokens else self._cache.reuse_prefix(sequence, ids)
             pending.append((i, sequence, ids[skip:]))
         while pending:
-            room = self._room(pending)
+            room = self.n_batch
             taken: list[tuple[int, Sequence, SequenceOf[int], bool]] = []
             rest: list[tuple[int, Sequence, SequenceOf[int]]] = []
             for i, sequence, ids in pending:
@@ -240,7 +259,7 @@ class Engine:
             try:
                 start = 0
                 while start < len(ids):
-                    chunk = ids[start : start + self._room([(0, sequence, ids[start:])])]
+                    chunk = ids[start : start + self.n_batch]
                     self._stage([(sequence, chunk)], [True])
                     self._run(0, self._head_first)
                     self._cache.commit(sequence, chunk)
@@ -269,13 +288,6 @@ class Engine:
                 "shorten the prompt or open the model with a larger n_ctx (-c)"
             )
 
-    def _room(self, pending: SequenceOf[tuple[int, Sequence, SequenceOf[int]]]) -> int:
-        """Tokens that the next step may take, so that its longest operation is a short call."""
-        depth = max(len(sequence.tokens) for _, sequence, _ in pending) + self.n_batch
-        longest = float(self._costs(depth).max())
-        n_tokens = int(_OPERATION_S * self._macs_per_s / longest)
-        return min(self.n_batch, max(_MANY_TOKENS, n_tokens))
-
     def _stage(
         self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
     ) -> list[int]:
@@ -296,46 +308,9 @@ class Engine:
             self._run(self._head_first, self._n_records)
             yield first, self._bound.logits[: len(rows), : self.n_vocab]
 
-    def _costs(self, depth: int) -> np.ndarray:
-        """Multiply-adds of every record per row, when a token sees `depth` positions."""
-        costs: np.ndarray = self._macs[0] + self._macs[1] * np.minimum(self._macs[2], depth)
-        return costs
-
     def _run(self, first: int, last: int) -> None:
-        """Run records [first, last) in calls of about `_CALL_S` seconds."""
-        n_tokens, n_out, depth = self._step.n_tokens, self._step.n_out, self._step.depth
-        costs = (
-            self._costs(depth)[first:last]
-            * np.where(self._of_out_rows, n_out, n_tokens)[first:last]
-        )
-        ends = np.cumsum(costs)
-        done = 0
-        while done < len(costs):
-            start_cost = ends[done] - costs[done]
-            n = int(np.searchsorted(ends, start_cost + self._macs_per_s * _CALL_S, side="right"))
-            n = max(n, done + 1)
-            if self._abort:
-                self._abort = False
-                raise Aborted("the step was aborted")
-            start = time.perf_counter()
-            self._team.run(self._step.words, first + done, first + n)
-            if n_tokens >= _MANY_TOKENS:  # a few are bound by memory
-                rate = (ends[n - 1] - start_cost) / (time.perf_counter() - start)
-                self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * rate
-            done = n
-
-    def abort(self) -> None:
-        """Stop the running step from another thread; it raises `Aborted` and changes nothing."""
-        self._abort = True
-
-    def close(self) -> None:
-        """Stop the threads and free all memory."""
-        if self._closed:
-            return
-        with self._locked():
-            self._closed = True
-            self._team.close()
-            del self._bound, self._weights, self._cache
+        if not self._team.run(self._step.words, first, last):
+            raise Aborted("the model was closed" if self._closed else "the step was aborted")
 
     def profile_step(self, sequence: Sequence, ids: SequenceOf[int]) -> list[float]:
         """Append tokens to a sequence one operation at a time; seconds of each record of the table.

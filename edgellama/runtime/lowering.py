@@ -280,8 +280,6 @@ class _Lowering:
                 parts=c.n_kv_heads,
                 tokens=layout.SPLIT_TOKENS,
                 of_spans=True,
-                n_position_macs=2 * c.n_heads * c.head_size,
-                n_positions=node.settings["window"] or 1 << 40,
             ),
             (self._arena.floats[q], self._kv), (out, partials),
         )  # fmt: skip
