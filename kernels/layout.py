@@ -61,6 +61,7 @@ TEAM_SLEEP_UNITS = 80
 TEAM_STOP = 88  # 1: workers leave for good
 TEAM_ABORT = 96  # 1: launches return at the next chunk
 TEAM_N_ACTIVE = 104  # threads that take part in launches
+TEAM_N_YIELDS = 112  # before a waiting thread sleeps
 TEAM_CLOCK = 128  # address of the system's clock(argument, words)
 TEAM_CLOCK_ARGUMENT = 136
 TEAM_CLOCK_UNIT = 144  # nanoseconds of its first word; its second has nanoseconds

@@ -39,6 +39,7 @@ from .layout import (
     TEAM_FIRST,
     TEAM_LAST,
     TEAM_N_ACTIVE,
+    TEAM_N_YIELDS,
     TEAM_SCRATCH,
     TEAM_SCRATCH_NBYTES,
     TEAM_SLEEP,
@@ -52,7 +53,6 @@ from .simd import *
 from .simd import inline
 
 SPINS = 4000  # pauses before the processor is offered to others: about 50 us
-YIELDS = 2000  # yields before sleeping: about a millisecond on a quiet machine
 FEW_TOKENS = 8  # with no more, an operation is so short that the clock is looked at once in it
 
 
@@ -61,7 +61,7 @@ def back_off(team, n_waits):
     """Wait a little, more politely the longer it lasts."""
     if n_waits < SPINS:
         pause()
-    elif n_waits < SPINS + YIELDS:
+    elif n_waits < SPINS + load_i64(team + TEAM_N_YIELDS):
         call_yield(load_i64(team + TEAM_YIELD))
     else:
         call_sleep(load_i64(team + TEAM_SLEEP), load_i64(team + TEAM_SLEEP_UNITS))
@@ -223,6 +223,6 @@ def work(team, thread, n_sleeps):
         else:
             back_off(team, n_waits)
             n_waits += 1
-            if n_waits > SPINS + YIELDS + n_sleeps:
+            if n_waits > SPINS + load_i64(team + TEAM_N_YIELDS) + n_sleeps:
                 return 0
     return 1

@@ -1,6 +1,6 @@
 """The thread team: n-1 Python threads that live inside native code and serve launches.
 
-The caller is thread 0. Between launches a worker spins, then yields, then naps; after a second it
+The caller is thread 0. Between launches a worker spins, then yields or naps; after a second it
 returns to Python and sleeps on a semaphore at no cost.  How chunks are shared out is in `step.py`.
 
 A launch comes back to Python at least every `_LAUNCH_S`, where Ctrl-C and other signals are served: an
@@ -28,13 +28,18 @@ _NAPS_BEFORE_PARKING = 10_000  # of 100 us
 _LAUNCH_S = 0.1
 
 
-def _system_waits() -> tuple[int, int, int]:
-    """Addresses of yield() and sleep(units), and the units of a nap of about 100 us."""
+def _system_waits() -> tuple[int, int, int, int]:
+    """Addresses of yield() and sleep(units), how often to yield before, and the units of a nap.
+
+    A nap of 100 us costs a waiting thread little, and on a busy machine it runs again as soon as it wakes,
+    where one that yields loses its turn: with a busy process on each core, decode keeps half of its
+    speed instead of two fifths.  Windows cannot sleep for less than a millisecond, so there it yields.
+    """
     if sys.platform == "win32":
         kernel = ctypes.WinDLL("kernel32")
-        return _address(kernel.SwitchToThread), _address(kernel.Sleep), 1
+        return _address(kernel.SwitchToThread), _address(kernel.Sleep), 2000, 1
     library = ctypes.CDLL(None)
-    return _address(library.sched_yield), _address(library.usleep), 100
+    return _address(library.sched_yield), _address(library.usleep), 0, 100
 
 
 def _system_clock(words: int) -> tuple[int, int, int]:
@@ -106,17 +111,16 @@ class Team:
         self._counters = np.zeros(0, np.int64)
         self._table: object = None
         self._retired: list[object] = []
-        waits = _system_waits()
         self._set(layout.TEAM_STEP, self._step.ctypes.data)
         self._set(layout.TEAM_SCRATCH, -(-self._scratch.ctypes.data // 64) * 64)
         self._set(layout.TEAM_SCRATCH_NBYTES, scratch_nbytes)
-        self._set(layout.TEAM_YIELD, waits[0])
-        self._set(layout.TEAM_SLEEP, waits[1])
-        self._set(layout.TEAM_SLEEP_UNITS, waits[2])
-        clock = _system_clock(self._words.ctypes.data + layout.TEAM_CLOCK_WORDS)
-        self._set(layout.TEAM_CLOCK, clock[0])
-        self._set(layout.TEAM_CLOCK_ARGUMENT, clock[1])
-        self._set(layout.TEAM_CLOCK_UNIT, clock[2])
+        waits = layout.TEAM_YIELD, layout.TEAM_SLEEP, layout.TEAM_N_YIELDS, layout.TEAM_SLEEP_UNITS
+        for field, value in zip(waits, _system_waits(), strict=True):
+            self._set(field, value)
+        clock = layout.TEAM_CLOCK, layout.TEAM_CLOCK_ARGUMENT, layout.TEAM_CLOCK_UNIT
+        clock_words = self._words.ctypes.data + layout.TEAM_CLOCK_WORDS
+        for field, value in zip(clock, _system_clock(clock_words), strict=True):
+            self._set(field, value)
         self._start()
         _teams.add(self)
 

@@ -15,8 +15,10 @@ MAY_IMPORT = {
     "gguf": {"gguf", "kernels", "errors"},
     "models": {"models", "gguf", "kernels", "errors"},
     "tokenizer": {"tokenizer", "errors"},
-    "runtime": {"runtime", "models", "gguf", "kernels", "errors", "cpu", "catalog", "progress"},
-}
+    "runtime": {
+        "runtime", "models", "gguf", "kernels", "errors", "cpu", "catalog", "progress", "__version__",
+    },
+}  # fmt: skip
 SOURCES = sorted(p for folder in ("edgellama", "kernels") for p in (ROOT / folder).rglob("*.py"))
 
 

@@ -27,7 +27,7 @@ _COMMANDS = {
     "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
     "bench": ("bench.command", "Measure how fast a model runs, and how near the ceiling."),
     "doctor": ("doctor.doctor", "Show what edgellama sees of this machine."),
-    "warmup": ("doctor.warmup", "Build the kernels that a model needs."),
+    "warmup": ("doctor.warmup", "Make ready what a model needs: kernels, threads."),
 }
 
 

@@ -19,7 +19,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from edgellama.cpu import n_usable_cores
+from edgellama.cpu import MAX_THREADS, thread_counts
 from edgellama.errors import (
     ContextOverflowError,
     EdgeLlamaError,
@@ -36,10 +36,12 @@ from .lowering import compile_program
 from .packs import load_pack
 from .rope import rope_table
 from .step import StepArrays
+from .tuning import N_PREFILL, Threads, Tuning
 from .weights import Weights
 
 KV_TYPES = ("f16", "f32", "q8_0")
 _N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
+_TUNING_MACS = (1e8, 1e7)  # of a token, in decode (60 MB of weights) and in prefill
 
 
 class Aborted(EdgeLlamaError):
@@ -69,26 +71,25 @@ class Engine:
         for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
-        if n_threads is None:
-            n_threads = n_usable_cores()
-        if not 1 <= n_threads <= 256:
-            raise UsageError(f"n_threads is {n_threads}; it must be between 1 and 256")
+        counts = thread_counts() if n_threads is None else [n_threads]
+        if not 1 <= counts[-1] <= MAX_THREADS:
+            raise UsageError(f"n_threads is {n_threads}; it must be between 1 and {MAX_THREADS}")
         self.config = config
         self.n_vocab = config.n_vocab
         self.n_ctx = n_ctx
         self.n_batch = min(n_batch, n_ctx)
-        self.n_threads = n_threads
         self._lock = threading.Lock()
         self._freed: deque[Sequence] = deque()
         self._owner: int | None = None  # thread that holds the lock
         self._closed = False
 
-        program = compile_program(config, gguf.tensors, kv_type, fuse=fuse)
-        self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
+        program = compile_program(config, gguf.tensors, kv_type, n_threads=counts[-1], fuse=fuse)
+        target = targets.detect()
+        self._pack = load_pack([*program.operations, *team.NAMES], target)
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
         self._weights = Weights(gguf, program.weights, program.gathered, self.n_batch)
         scratch_nbytes = max(program.scratch_nbytes, self._weights.scratch_nbytes)
-        self._team = team.Team(self._pack, n_threads, scratch_nbytes)
+        self._team = team.Team(self._pack, counts[-1], scratch_nbytes)
         weakref.finalize(self, self._team.close)  # for those who forget to
         with progress("Loading weights", total) as advance:
             self._weights.load(self._pack, self._team, advance)
@@ -122,6 +123,9 @@ class Engine:
         self._n_records = len(program.records)
         self._team.use(self._bound.table)
         self._step = StepArrays(self.n_batch)
+        self._macs = np.cumsum([r.n_macs for r in program.records])
+        self._tuning = Tuning(program, target.name, counts)
+        self._threads = self._tuning.recall()
 
     # --- sequences --------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -191,6 +195,36 @@ class Engine:
         self._team.close()
         for name in ("_bound", "_weights", "_cache"):
             self.__dict__.pop(name, None)
+
+    # --- threads ----------------------------------------------------------------------------------
+    @property
+    def n_threads(self) -> int:
+        """Most threads that a step runs on."""
+        return max(self._threads or self._tuning.default)
+
+    def tune(self) -> Threads:
+        """Measure how many threads are the fastest, and remember it; takes 0.1 to 0.2 s."""
+        with self._locked():
+            return self._tune()
+
+    def _tune(self) -> Threads:
+        sequence = self.new_sequence()
+
+        def run_s(is_prefill: bool, n_threads: int) -> float:
+            """Seconds of a step's first operations: of the whole body, or as many as are quick."""
+            n_tokens = min(N_PREFILL, self.n_batch) if is_prefill else 1
+            self._stage([(sequence, [0] * n_tokens)], [False])
+            last = int(np.searchsorted(self._macs, _TUNING_MACS[is_prefill])) + 1
+            start = time.perf_counter()
+            if not self._team.run(self._step.words, 0, min(last, self._head_first), n_threads):
+                raise Aborted("the step was aborted")
+            return time.perf_counter() - start
+
+        try:
+            self._threads = self._tuning.measure(run_s)
+        finally:
+            self._cache.truncate(sequence, 0)
+        return self._threads
 
     # --- evaluation -------------------------------------------------------------------------------
     def evaluate(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
@@ -287,6 +321,8 @@ class Engine:
                 f"{n_tokens} tokens do not fit the context of {self.n_ctx}; "
                 "shorten the prompt or open the model with a larger n_ctx (-c)"
             )
+        if self._threads is None:  # not when it was opened: a tokenizer may be loading beside it
+            self._tune()
 
     def _stage(
         self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
@@ -309,7 +345,9 @@ class Engine:
             yield first, self._bound.logits[: len(rows), : self.n_vocab]
 
     def _run(self, first: int, last: int) -> None:
-        if not self._team.run(self._step.words, first, last):
+        assert self._threads is not None, "a step begins with _check"
+        n_threads = self._threads.of_step(self._step.n_tokens)
+        if not self._team.run(self._step.words, first, last, n_threads):
             raise Aborted("the model was closed" if self._closed else "the step was aborted")
 
     def profile_step(self, sequence: Sequence, ids: SequenceOf[int]) -> list[float]:
@@ -325,7 +363,7 @@ class Engine:
             times = []
             for i in range(self._n_records):
                 start = time.perf_counter()
-                self._team.run(self._step.words, i, i + 1)
+                self._run(i, i + 1)
                 times.append(time.perf_counter() - start)
             self._cache.commit(sequence, ids)
             return times
