@@ -185,6 +185,7 @@ class Program:
             and following is not None
             and following.kind == "add"
             and following.inputs[1] is node.output
+            and following.settings["scale"] == 1.0
             and self._uses[node.output] == 1
             and self._uses[following.inputs[0]] == 1
         ):
@@ -205,6 +206,7 @@ class Program:
         )  # fmt: skip
 
     def _lower_rms_norm(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
+        """Also `layer_norm`: over whole rows, or in place over the heads of a row."""
         (x,) = node.inputs
         source = self._floats[x]
         group = node.settings["group"]
@@ -213,28 +215,32 @@ class Program:
         if residual is not None:
             out = self._floats[result] = residual
         elif group < x.width:
-            out = self._floats[result] = source  # heads are normalised in place
+            out = self._floats[result] = source
             assert self._uses[x] == 1, f"{x.name} is used after it was normalised in place"
         else:
             out = self._form_slot(result)
         forms = self._write_forms(result, nodes) if group == x.width else {}
+        arguments: dict[str, Argument] = {
+            "out": out, "out_stride": out.stride,
+            **_form_arguments(forms),
+            "x": source, "x_stride": source.stride,
+            "n_groups": x.width // group, "width": group,
+            "weight": Weight(node.weight), "eps": self.config.norm_eps,
+        }  # fmt: skip
+        if node.kind == "rms_norm":
+            arguments["add"] = residual or 0
+        else:
+            arguments["weight_stride"] = group * 4
+            arguments["bias"] = Weight(node.bias) if node.bias else 0
         self._record(
-            Record(
-                "norm.rms_norm",
-                {
-                    "out": out, "out_stride": out.stride,
-                    **_form_arguments(forms),
-                    "x": source, "x_stride": source.stride, "add": residual or 0,
-                    "n_groups": x.width // group, "width": group,
-                    "weight": Weight(node.weight), "eps": self.config.norm_eps,
-                },
-                of_out_rows=x.of_out_rows,
-            ),
+            Record(f"norm.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (source,), (out, *forms.values()),
         )  # fmt: skip
         self._used(x)
         if add is not None:
             self._used(*add.inputs)
+
+    _lower_layer_norm = _lower_rms_norm
 
     def _form(self, tensor: Tensor, form: str) -> Slot:
         """A tensor in some form, made by a record of its own where nothing has written it."""
@@ -385,7 +391,10 @@ class Program:
     def _lower_add(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         x, y = (self._floats[tensor] for tensor in node.inputs)
         out = self._form_slot(node.output)
-        arguments: dict[str, Argument] = {"out": out, "x": x, "y": y, "stride": out.stride}
+        arguments: dict[str, Argument] = {
+            "out": out, "x": x, "y": y, "stride": out.stride,
+            "factor": float(node.settings["scale"]),
+        }  # fmt: skip
         self._record(
             Record("activation.add", arguments, of_out_rows=node.output.of_out_rows),
             (x, y), (out,),
@@ -408,15 +417,19 @@ class Program:
         )  # fmt: skip
 
     def _lower_soft_cap(self, node: Node, nodes: Sequence[Node], add: None) -> None:
-        slot = self._floats[node.output] = self._floats[node.inputs[0]]
-        arguments: dict[str, Argument] = {
-            "x": slot, "stride": slot.stride, "cap": float(node.settings["cap"]),
-        }  # fmt: skip
+        """Also `scale`: a function of one number, in place."""
+        (x,) = node.inputs
+        assert self._uses[x] == 1, f"{x.name} is used after it was changed in place"
+        slot = self._floats[node.output] = self._floats[x]
+        arguments: dict[str, Argument] = {"x": slot, "stride": slot.stride}
+        arguments |= {name: float(value) for name, value in node.settings.items()}
         self._record(
-            Record("activation.soft_cap", arguments, of_out_rows=node.output.of_out_rows),
+            Record(f"activation.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (slot,), (slot,),
         )  # fmt: skip
-        self._used(*node.inputs)
+        self._used(x)
+
+    _lower_scale = _lower_soft_cap
 
     # --- what the runtime asks --------------------------------------------------------------------
     @property
