@@ -6,11 +6,16 @@ Kernels do not check bounds: what `read_config` returns is what makes that safe.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS
+
+from .stacked import flatten_vectors, split_projections
 
 
 class RopeConfig(NamedTuple):
@@ -19,7 +24,7 @@ class RopeConfig(NamedTuple):
     kind: str  # "norm": neighbours, "neox": halves
     n_dims: int
     freq_base: float
-    scaling: str = "none"  # or linear, yarn
+    scaling: str = "none"  # or linear, yarn, longrope
     factor: float = 1.0
     original_context: int = 0
     ext_factor: float = 1.0
@@ -27,6 +32,7 @@ class RopeConfig(NamedTuple):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     freq_factors: str = ""  # tensor of divisors
+    freq_factors_long: str = ""  # those of a context longer than the original
 
 
 class ModelConfig(NamedTuple):
@@ -45,42 +51,96 @@ class ModelConfig(NamedTuple):
     norm_eps: float
     rope: RopeConfig
     rope_local: RopeConfig | None
-    sliding_window: int
-    window_pattern: int
+    windows: tuple[int, ...]
+    norms: frozenset[str]
     attention_scale: float
     attn_softcap: float
     final_softcap: float
     embedding_scale: float
+    residual_scale: float
+    logit_scale: float
     tied: bool
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """How positions rotate in a layer."""
+        return self.rope_local if self.rope_local and self.windows[layer] else self.rope
 
 
 class _Family(NamedTuple):
-    """What differs between architectures."""
+    """What differs between architectures.
+
+    `norms` says how long the weights of a layer's norms are: "width", "head" (head size), or "q" and
+    "k" (all heads); those in `optional` may be missing.  Every `global_every`-th layer sees all
+    positions, others a window where the file has one.  `defaults` stand in for missing keys.
+    """
 
     rope_kind: str
-    gemma: bool = False
+    norms: Mapping[str, str] = {"attn_norm": "width", "ffn_norm": "width"}
+    optional: tuple[str, ...] = ()
+    eps: str = "attention.layer_norm_rms_epsilon"
+    norm_biases: bool = False
+    global_every: int = 0
+    local_rope: bool = False
+    stacked_ffn: bool = False
+    soft_caps: bool = False
+    embedding_by_width: bool = False
+    multipliers: bool = False
+    layers_scaled_by_width: int = 0
+    defaults: Mapping[str, float] = {}
 
 
 _INT32_MAX = (1 << 31) - 1
 _BASES = (2.0, 1e12)  # of the angles of rope: above 1, whose logarithm yarn divides by
 _FACTORS = (1e-6, 1e6)
-_FAMILIES = {"llama": _Family("norm"), "gemma3": _Family("neox", gemma=True)}
+_BLOCK = {"attn_norm": "width", "ffn_norm": "width"}
+_AFTER = {"post_attention_norm": "width", "post_ffw_norm": "width"}
+_PER_HEAD = {"attn_q_norm": "head", "attn_k_norm": "head"}
+_ALL_HEADS = {"attn_q_norm": "q", "attn_k_norm": "k"}
+_FAMILIES = {
+    "llama": _Family("norm"),
+    "internlm2": _Family("norm"),
+    "phi3": _Family("neox", stacked_ffn=True),
+    "qwen2": _Family("neox"),
+    "qwen3": _Family("neox", _BLOCK | _PER_HEAD),
+    "smollm3": _Family("norm"),
+    "granite": _Family("norm", multipliers=True),
+    "olmo2": _Family("neox", _AFTER | _ALL_HEADS, global_every=4, local_rope=True),
+    "stablelm": _Family(
+        "neox", _BLOCK | _ALL_HEADS, optional=("ffn_norm", "attn_q_norm", "attn_k_norm"),
+        eps="attention.layer_norm_epsilon", norm_biases=True,
+    ),
+    "gemma": _Family("neox", embedding_by_width=True),
+    "gemma2": _Family(
+        "neox", _BLOCK | _AFTER, embedding_by_width=True, soft_caps=True, global_every=2,
+        layers_scaled_by_width=46,
+        defaults={
+            "attention.sliding_window": 4096, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3": _Family(
+        "neox", _BLOCK | _AFTER | _PER_HEAD, embedding_by_width=True, soft_caps=True,
+        global_every=6, local_rope=True, layers_scaled_by_width=62,
+        defaults={"rope.freq_base_swa": 10000.0},
+    ),
+}  # fmt: skip
 
 
 class _Keys:
     """Metadata of one architecture, read with type and range checks."""
 
-    def __init__(self, gguf: GGUFFile, arch: str) -> None:
+    def __init__(self, gguf: GGUFFile, arch: str, defaults: Mapping[str, float]) -> None:
         self.metadata = gguf.metadata
         self.file = gguf.path.name
         self.arch = arch
+        self.defaults = defaults
 
     def has(self, key: str) -> bool:
-        """Whether the file has the key."""
-        return f"{self.arch}.{key}" in self.metadata
+        """Whether the file has the key, or the family a value of its own."""
+        return f"{self.arch}.{key}" in self.metadata or key in self.defaults
 
     def _get(self, key: str, default: Any) -> Any:
-        value = self.metadata.get(f"{self.arch}.{key}", default)
+        value = self.metadata.get(f"{self.arch}.{key}", self.defaults.get(key, default))
         if value is None:
             raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
         return value
@@ -128,12 +188,17 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         raise UnsupportedModelError(
             f"{gguf.path.name} is a model of architecture {shown(arch)}; edgellama runs: {known}"
         )
-    k = _Keys(gguf, arch)
+    k = _Keys(gguf, arch, family.defaults)
     n_experts = k.integer("expert_count", 0, 1 << 16, 0)
     k.integer("expert_used_count", 0, n_experts, 0)
     if n_experts > 0:
         raise UnsupportedModelError(
             f"{gguf.path.name} is a mixture of experts, which is not supported"
+        )
+    if k.metadata.get(f"{arch}.rope.scaling.finetuned") is False and family.multipliers:
+        raise UnsupportedModelError(
+            f"{gguf.path.name}: {arch}.rope.scaling.finetuned is False: a Granite without positions "
+            "is not supported"
         )
     n_layers = k.integer("block_count", 1, 512)
     width = k.integer("embedding_length", 1, 1 << 20)
@@ -176,9 +241,14 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path.name}: {arch}.vocab_size is {declared} but token_embd.weight has "
             f"{n_vocab} rows"
         )
-    gemma = family.gemma
     name = gguf.metadata.get("general.name")
-    has_window = k.has("attention.sliding_window")
+    ffn_width = k.integer("feed_forward_length", 1, 1 << 22)
+    q, kv = n_heads * head_size, n_kv_heads * head_size
+    split_projections(gguf, n_layers, width, "attn_qkv", {"attn_q": q, "attn_k": kv, "attn_v": kv})
+    if family.stacked_ffn:
+        halves = {"ffn_gate": ffn_width, "ffn_up": ffn_width}
+        split_projections(gguf, n_layers, width, "ffn_up", halves)
+    flatten_vectors(gguf, n_layers, head_size, ("attn_q_norm", "attn_k_norm"))
     config = ModelConfig(
         arch=arch,
         name=name if isinstance(name, str) and name.isprintable() else gguf.path.stem,
@@ -187,26 +257,69 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_size=head_size,
-        ffn_width=k.integer("feed_forward_length", 1, 1 << 22),
+        ffn_width=ffn_width,
         n_vocab=n_vocab,
         context_length=k.integer("context_length", 1, _INT32_MAX),
-        norm_eps=k.number("attention.layer_norm_rms_epsilon", 1e-20, 1.0),
+        norm_eps=k.number(family.eps, 1e-20, 1.0),
         rope=rope,
         rope_local=rope_local,
-        sliding_window=k.integer("attention.sliding_window", 1, _INT32_MAX) if has_window else 0,
-        window_pattern=6 if gemma else 0,
-        attention_scale=1.0 / math.sqrt(head_size),
-        attn_softcap=_soft_cap(k, "attn_logit_softcapping") if gemma else 0.0,
-        final_softcap=_soft_cap(k, "final_logit_softcapping") if gemma else 0.0,
-        embedding_scale=math.sqrt(width) if gemma else 1.0,
+        windows=_windows(k, family, n_layers),
+        norms=frozenset(
+            norm
+            for norm in family.norms
+            if norm not in family.optional or f"blk.0.{norm}.weight" in gguf.tensors
+        ),
+        attention_scale=_attention_scale(k, family, n_layers, head_size, width // n_heads),
+        attn_softcap=_factor(k, "attn_logit_softcapping", 0.0) if family.soft_caps else 0.0,
+        final_softcap=_factor(k, "final_logit_softcapping", 0.0) if family.soft_caps else 0.0,
+        embedding_scale=(
+            math.sqrt(width) if family.embedding_by_width
+            else _factor(k, "embedding_scale", 1.0) if family.multipliers else 1.0
+        ),
+        residual_scale=_factor(k, "residual_scale", 1.0) if family.multipliers else 1.0,
+        logit_scale=1.0 / k.number("logit_scale", 1e-3, 1e6) if family.multipliers else 1.0,
         tied="output.weight" not in gguf.tensors,
-    )
+    )  # fmt: skip
     check_tensors(gguf, config)
     return config
 
 
-def _soft_cap(k: _Keys, key: str) -> float:
-    return k.number(key, 1e-3, 1e6) if k.has(key) else 0.0
+def _factor(k: _Keys, key: str, default: float) -> float:
+    return k.number(key, 1e-3, 1e6) if k.has(key) else default
+
+
+def _windows(k: _Keys, family: _Family, n_layers: int) -> tuple[int, ...]:
+    """How many positions a token of each layer sees; 0: all before it."""
+    if not k.has("attention.sliding_window"):
+        return (0,) * n_layers
+    window = k.integer("attention.sliding_window", 0, _INT32_MAX)
+    every = family.global_every
+    pattern = k.metadata.get(f"{k.arch}.attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        pattern = pattern.tolist()
+    if isinstance(pattern, list):
+        if len(pattern) != n_layers or not all(isinstance(local, bool) for local in pattern):
+            raise ModelFileError(
+                f"{k.file}: {k.arch}.attention.sliding_window_pattern has {len(pattern)} entries; "
+                f"a boolean for each of {n_layers} layers is needed"
+            )
+        return tuple(window if local else 0 for local in pattern)
+    if pattern is not None:
+        every = k.integer("attention.sliding_window_pattern", 0, 512)
+    return tuple(0 if every and (i + 1) % every == 0 else window for i in range(n_layers))
+
+
+def _attention_scale(
+    k: _Keys, family: _Family, n_layers: int, head_size: int, width_per_head: int
+) -> float:
+    """What scores are multiplied with: 1 / sqrt(E), but for the largest Gemmas, or as the file says.
+
+    Files of Gemma 2 and 3 27B do not say that theirs is 1 / sqrt(D / H): one knows them by their
+    number of layers.
+    """
+    by_width = n_layers == family.layers_scaled_by_width
+    default = 1.0 / math.sqrt(width_per_head if by_width else head_size)
+    return _factor(k, "attention.scale", default)
 
 
 def _rope(
@@ -221,26 +334,24 @@ def _rope(
     scaling = gguf.metadata.get(f"{k.arch}.rope.scaling.type", "none")
     factor = k.number("rope.scale_linear", *_FACTORS, 1.0)
     factor = k.number("rope.scaling.factor", *_FACTORS, factor)
-    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModelError(
-            f"{k.file}: {k.arch}.rope.scaling.type is {shown(scaling)}; none, linear and yarn are "
-            "known"
+            f"{k.file}: {k.arch}.rope.scaling.type is {shown(scaling)}; none, linear, yarn and "
+            "longrope are known"
         )
     if scaling == "none" and factor != 1.0:
         scaling = "linear"
     attn_factor = k.number("rope.scaling.yarn_attn_factor", *_FACTORS, 1.0)
-    factors = ""
-    info = gguf.tensors.get("rope_freqs.weight")
-    if info is not None:
-        if info.type_name != "f32" or info.shape != (n_dims // 2,):
+    factors = _divisors(gguf, "rope_freqs.weight", n_dims)
+    long = _divisors(gguf, "rope_factors_long.weight", n_dims)
+    short = _divisors(gguf, "rope_factors_short.weight", n_dims)
+    if scaling == "longrope" or long or short:
+        if not (long and short) or factors or scaling not in ("none", "longrope"):
             raise ModelFileError(
-                f"{k.file}: rope_freqs.weight is {info.type_name} {list(info.shape)}; "
-                f"f32 [{n_dims // 2}] is needed"
+                f"{k.file}: longrope needs rope_factors_long.weight and rope_factors_short.weight, "
+                "and no other scaling"
             )
-        divisors = gguf.data("rope_freqs.weight").view("<f4")
-        if not all(math.isfinite(d) and d > 0 for d in divisors.tolist()):
-            raise ModelFileError(f"{k.file}: rope_freqs.weight holds a divisor that is not above 0")
-        factors = "rope_freqs.weight"
+        scaling, factors = "longrope", short
     rope = RopeConfig(
         kind=family.rope_kind,
         n_dims=n_dims,
@@ -256,13 +367,28 @@ def _rope(
         beta_fast=k.number("rope.scaling.yarn_beta_fast", *_FACTORS, 32.0),
         beta_slow=k.number("rope.scaling.yarn_beta_slow", *_FACTORS, 1.0),
         freq_factors=factors,
+        freq_factors_long=long,
     )  # fmt: skip
-    local = (
-        RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", *_BASES, 10000.0))
-        if family.gemma
-        else None
-    )
-    return rope, local
+    if not family.local_rope:
+        return rope, None
+    local_base = k.number("rope.freq_base_swa", *_BASES, base)
+    return rope, RopeConfig(family.rope_kind, n_dims, local_base)
+
+
+def _divisors(gguf: GGUFFile, name: str, n_dims: int) -> str:
+    """Return the name of a tensor that divides the frequencies, checked, or "" without it."""
+    info = gguf.tensors.get(name)
+    if info is None:
+        return ""
+    if info.type_name != "f32" or info.shape != (n_dims // 2,):
+        raise ModelFileError(
+            f"{gguf.path.name}: {name} is {info.type_name} {list(info.shape)}; "
+            f"f32 [{n_dims // 2}] is needed"
+        )
+    divisors = gguf.data(name).view("<f4")
+    if not all(math.isfinite(d) and d > 0 for d in divisors.tolist()):
+        raise ModelFileError(f"{gguf.path.name}: {name} holds a divisor that is not above 0")
+    return name
 
 
 def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
@@ -270,14 +396,12 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
 
     Raises: ModelFileError naming the tensor and both shapes.
     """
+    family = _FAMILIES[c.arch]
     q, kv = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
-    needed: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (c.width, c.n_vocab),
-        "output_norm.weight": (c.width,),
-    }
+    needed: dict[str, tuple[int, ...]] = {"token_embd.weight": (c.width, c.n_vocab)}
     if not c.tied:
         needed["output.weight"] = (c.width, c.n_vocab)
-    matrices: dict[str, tuple[int, int]] = {
+    matrices: dict[str, tuple[int, ...]] = {
         "attn_q": (c.width, q),
         "attn_k": (c.width, kv),
         "attn_v": (c.width, kv),
@@ -286,18 +410,20 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
         "ffn_up": (c.width, c.ffn_width),
         "ffn_down": (c.ffn_width, c.width),
     }
-    vectors = {"attn_norm": c.width, "ffn_norm": c.width}
-    if _FAMILIES[c.arch].gemma:
-        vectors |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
-        vectors |= {"attn_q_norm": c.head_size, "attn_k_norm": c.head_size}
+    sizes = {"width": c.width, "head": c.head_size, "q": q, "k": kv}
+    vectors = {"output_norm": c.width}
     for layer in range(c.n_layers):
-        for part, (n_cols, n_rows) in matrices.items():
-            needed[f"blk.{layer}.{part}.weight"] = (n_cols, n_rows)
+        for part, shape in matrices.items():
+            needed[f"blk.{layer}.{part}.weight"] = shape
             if f"blk.{layer}.{part}.bias" in gguf.tensors:
-                needed[f"blk.{layer}.{part}.bias"] = (n_rows,)
-        for part, size in vectors.items():
-            needed[f"blk.{layer}.{part}.weight"] = (size,)
-    extra = next((n for n in gguf.tensors if n not in needed and n != c.rope.freq_factors), None)
+                needed[f"blk.{layer}.{part}.bias"] = shape[1:]
+        vectors |= {f"blk.{layer}.{norm}": sizes[family.norms[norm]] for norm in c.norms}
+    for name, size in vectors.items():
+        needed[f"{name}.weight"] = (size,)
+        if family.norm_biases and f"{name}.bias" in gguf.tensors:
+            needed[f"{name}.bias"] = (size,)
+    ropes = (c.rope.freq_factors, c.rope.freq_factors_long)
+    extra = next((n for n in gguf.tensors if n not in needed and n not in ropes), None)
     if extra is not None:
         raise UnsupportedModelError(
             f"{gguf.path.name}: tensor {shown(extra)} has no place in a {c.arch} model of "
