@@ -1,7 +1,7 @@
 """Small random checkpoints of every family, under the names and with the fields that Hugging Face uses.
 
 `CONFIGS` is the contents of config.json: real fields, small sizes.  `make_checkpoint` adds random
-weights; `write_gguf` carries out a plan in f32, with a toy vocabulary.
+weights; `write_gguf` carries out a plan, with a toy vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 160, "vocab_size": 300, "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -62,7 +63,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
                   "original_max_position_embeddings": 64, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **_GEMMA, "hidden_act": "gelu_pytorch_tanh"},
     "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 3.0,
-               "final_logit_softcapping": 5.0, "sliding_window": 40, "query_pre_attn_scalar": 30},
+               "final_logit_softcapping": 5.0, "sliding_window": 40},
+    "gemma2-scale": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 50.0,
+                     "final_logit_softcapping": 30.0, "sliding_window": 4096,
+                     "query_pre_attn_scalar": 30},
     "gemma3": {"model_type": "gemma3_text", **_GEMMA, "num_hidden_layers": 7, "sliding_window": 40,
                "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
                "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
@@ -175,8 +179,8 @@ def make_checkpoint(config: dict[str, Any], weights: Mapping[str, np.ndarray]) -
     return SimpleNamespace(config=config, tensors=tensors)
 
 
-def write_gguf(path: Path, plan: Any, n_rows: int = 1000) -> Path:
-    """Carry out a plan in f32, a few rows at a time."""
+def write_gguf(path: Path, plan: Any, kind: str = "F32", n_rows: int = 1000) -> Path:
+    """Carry out a plan a few rows at a time, with matrices of a type that the gguf package knows."""
     writer = gguf.GGUFWriter(path, plan.architecture)
     n_vocab = plan.metadata[f"{plan.architecture}.vocab_size"]
     add_metadata(writer, plan.metadata | bpe_vocabulary(n_vocab))
@@ -188,7 +192,11 @@ def write_gguf(path: Path, plan: Any, n_rows: int = 1000) -> Path:
         values = np.concatenate(pieces)
         assert values.shape == tensor.shape
         assert values.dtype == np.float32
-        writer.add_tensor(tensor.name, values)
+        type_id = gguf.GGMLQuantizationType[kind]
+        if len(tensor.shape) == 1 or "norm" in tensor.name:
+            type_id = gguf.GGMLQuantizationType.F32
+        raw = gguf.quants.quantize(values, type_id)
+        writer.add_tensor(tensor.name, raw, raw_dtype=type_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

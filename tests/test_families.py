@@ -9,7 +9,8 @@ import pytest
 from checkpoints import CONFIGS, config_of, make_checkpoint, random_weights, write_gguf
 from naive_hf import NaiveCheckpoint
 
-from edgellama.convert.families import plan
+from edgellama.convert.families import Plan, PlannedTensor, plan
+from edgellama.errors import ModelFileError, UnsupportedModelError
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
@@ -23,18 +24,210 @@ def open_engine(path, **options) -> Engine:
         return Engine(gguf, read_config(gguf), **defaults | options)
 
 
-def convert(path, family: str, n_rows: int = 1000):
+def plan_of(family: str, **changes) -> Plan:
+    """The plan of a family whose configuration has `changes`."""
     config = config_of(family)
-    weights = random_weights(config)
-    write_gguf(path, plan(make_checkpoint(config, weights)), n_rows)
-    return NaiveCheckpoint(config, weights)
+    return plan(make_checkpoint(config | changes, random_weights(config)))
 
 
+def logits_of(path, ids=IDS, **options) -> np.ndarray:
+    engine = open_engine(path, **options)
+    logits = engine.logits(ids)
+    engine.close()
+    return logits
+
+
+# --- what a family computes -----------------------------------------------------------------------
 @pytest.mark.parametrize("family", CONFIGS)
 def test_family_matches_its_papers(family, tmp_path):
-    oracle = convert(tmp_path / "m.gguf", family)
-    engine = open_engine(tmp_path / "m.gguf")
-    logits = engine.logits(IDS)
-    expected = oracle.logits(IDS)
-    assert np.abs(logits - expected).max() < 3e-5 * np.abs(expected).max()
+    logits = logits_of(write_gguf(tmp_path / "m.gguf", plan_of(family)))
+    config = config_of(family)
+    expected = NaiveCheckpoint(config, random_weights(config)).logits(IDS)
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", ["phi3-long", "phi4-mini"])
+def test_short_divisors_where_the_context_is_not_extended(family, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", plan_of(family))
+    config = config_of(family)
+    expected = NaiveCheckpoint(config, random_weights(config)).logits(IDS[:64])
+    short = logits_of(path, IDS[:64], n_ctx=64)
+    assert np.abs(short - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(logits_of(path, IDS[:64], n_ctx=65) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 1e5}), ("gemma2", {"final_logit_softcapping": 1e5}),
+        ("gemma2", {"sliding_window": 1024}), ("gemma3", {"rope_local_base_freq": 1e6}),
+        ("mistral", {"sliding_window": None}), ("phi3", {"sliding_window": None}),
+        ("granite", {"attention_multiplier": None}), ("olmo3", {"layer_types": ["full_attention"] * 5}),
+        ("granite", {"residual_multiplier": None}), ("granite", {"embedding_multiplier": None}),
+        ("granite", {"logits_scaling": None}), ("stablelm", {"partial_rotary_factor": 0.5}),
+        ("llama-3.1", {"rope_scaling": None}), ("olmo3", {"rope_scaling": None}),
+        ("gemma2-scale", {"query_pre_attn_scalar": None}), ("gemma", {"rms_norm_eps": 0.1}),
+    ],
+)  # fmt: skip
+def test_every_hyper_parameter_is_heard(family, change, tmp_path):
+    """A change of it moves logits by more than what the comparison with the papers lets pass."""
+    logits = logits_of(write_gguf(tmp_path / "a.gguf", plan_of(family)))
+    others = logits_of(write_gguf(tmp_path / "b.gguf", plan_of(family, **change)))
+    assert np.abs(logits - others).max() > 1e-3 * np.abs(logits).max()
+
+
+CUT = [
+    "gemma2",
+    "gemma3",
+    "granite",
+    "mistral",
+    "olmo3",
+    "phi3",
+    "qwen3",
+    "smollm3",
+    "stablelm-12b",
+]
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_results_do_not_depend_on_the_cut(family, tmp_path):
+    """Bit-identical beyond the window: chunks, threads, fusion."""
+    path = write_gguf(tmp_path / "m.gguf", plan_of(family), "Q8_0")
+    logits = logits_of(path, kv_type="f16")
+    assert np.array_equal(logits_of(path, kv_type="f16", n_threads=1, n_batch=7), logits)
+    assert np.array_equal(logits_of(path, kv_type="f16", fuse=False), logits)
+    engine = open_engine(path, kv_type="f16")
+    sequence = engine.new_sequence()
+    rows = np.array([engine.evaluate(sequence, [i]) for i in IDS])
+    assert np.array_equal(rows, logits)
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q8_0"])
+def test_stacked_projections_are_their_parts(kind, tmp_path):
+    whole = plan_of("phi3")
+    tensors = []
+    for tensor in whole.tensors:
+        parts = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
+        layer, _, name = tensor.name.rpartition(".weight")[0].rpartition(".")
+        names = parts.get(name, (name,))
+        n = tensor.shape[0] // len(names)
+        for i, part in enumerate(names):
+            shape = (n, *tensor.shape[1:])
+            read = lambda start, stop, at=i * n, read=tensor.read: read(at + start, at + stop)  # noqa: E731
+            tensors.append(
+                PlannedTensor(f"{layer}.{part}.weight".lstrip("."), shape, tensor.sources, read)
+            )
+    write_gguf(tmp_path / "whole.gguf", whole, kind)
+    write_gguf(tmp_path / "parts.gguf", whole._replace(tensors=tensors), kind)
+    assert np.array_equal(logits_of(tmp_path / "whole.gguf"), logits_of(tmp_path / "parts.gguf"))
+
+
+# --- what a plan reads ----------------------------------------------------------------------------
+@pytest.mark.parametrize("family", CONFIGS)
+def test_rows_are_the_same_however_they_are_read(family):
+    config = config_of(family)
+    checkpoint = make_checkpoint(config, random_weights(config))
+    for tensor in plan(checkpoint).tensors:
+        n = tensor.shape[0]
+        whole = tensor.read(0, n)
+        assert whole.shape == tensor.shape
+        for source in tensor.sources:
+            checkpoint.tensors[source].most_rows = 0
+        pieces = [tensor.read(at, min(at + 7, n)) for at in range(0, n, 7)]
+        assert np.array_equal(np.concatenate(pieces), whole), tensor.name
+        most = max((checkpoint.tensors[source].most_rows for source in tensor.sources), default=0)
+        assert most <= 2 * 48, "a few rows cost no more than the heads they lie in"
+        assert tensor.read(0, 0).shape == (0, *tensor.shape[1:])
+
+
+def test_nothing_is_read_before_it_is_wanted():
+    config = config_of("llama")
+    checkpoint = make_checkpoint(config, random_weights(config))
+    plan(checkpoint)
+    assert all(tensor.most_rows == 0 for tensor in checkpoint.tensors.values())
+
+
+def test_names_may_have_other_prefixes(tmp_path):
+    config, weights = config_of("gemma3"), random_weights(config_of("gemma3"))
+    expected = write_gguf(tmp_path / "m.gguf", plan(make_checkpoint(config, weights))).read_bytes()
+    seeing = {"model_type": "gemma3", "text_config": config}
+    for before in ("language_model.model.", "model.language_model.", ""):
+        renamed = {name.replace("model.", before, 1): values for name, values in weights.items()}
+        renamed |= {"vision_tower.blocks.0.weight": np.zeros((2, 2), np.float32)}
+        path = write_gguf(tmp_path / "m.gguf", plan(make_checkpoint(seeing, renamed)))
+        assert path.read_bytes() == expected
+
+
+def test_an_untied_head_of_a_model_that_sees():
+    config = config_of("gemma3") | {"tie_word_embeddings": False}
+    weights = random_weights(config)
+    renamed = {f"language_model.{name}": values for name, values in weights.items()}
+    seeing = {"model_type": "gemma3", "text_config": config}
+    names = {tensor.name for tensor in plan(make_checkpoint(seeing, renamed)).tensors}
+    assert "output.weight" in names
+
+
+# --- what is refused ------------------------------------------------------------------------------
+REFUSED: list[tuple[str, dict, str]] = [
+    ("llama", {"model_type": "mamba"}, "model_type is 'mamba'"),
+    ("llama", {"model_type": None}, "model_type is NoneType"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ("llama", {"hidden_size": None}, "hidden_size is missing"),
+    ("llama", {"hidden_size": 0}, "hidden_size is 0"),
+    ("llama", {"hidden_size": 128.5}, "hidden_size is 128.5"),
+    ("llama", {"hidden_size": 130}, "130 is no multiple of num_attention_heads 4"),
+    ("llama", {"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
+    ("llama", {"intermediate_size": 161}, "gate_proj.weight has shape"),
+    ("llama", {"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
+    ("llama", {"num_hidden_layers": 2}, "first being 'model.layers.2.input_layernorm"),
+    ("llama", {"attention_bias": True}, "q_proj.bias is missing"),
+    ("llama-biases", {"mlp_bias": False}, "'model.layers.0.mlp.down_proj.bias'"),
+    ("llama", {"attention_bias": 1}, "attention_bias is 1"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ("llama", {"rope_theta": -1.0}, "rope_theta is -1.0"),
+    ("llama", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    ("llama", {"rope_scaling": {"rope_type": "mrope"}}, "rope_type is 'mrope'"),
+    ("llama", {"rope_scaling": {"type": ["yarn"]}}, "rope_type is an array"),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "'mscale' is no known"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+    ("llama", {"rope_scaling": {"type": "longrope"}}, "longrope, which llama has no place for"),
+    ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "no_rope_layers is an array"),
+    ("phi3-long", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor"),
+    ("phi3", {"num_key_value_heads": 2}, "qkv_proj.weight has shape"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is missing"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 7}, "layer_types"),
+    ("gemma3", {"rope_scaling": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
+     "sliding_attention.rope_type is 'yarn'"),
+    ("internlm2", {"bias": True}, "bias is True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED, ids=lambda given: str(given)[:40])
+def test_what_is_not_understood_is_refused(family, changes, named):
+    with pytest.raises(ModelFileError, match=named):
+        plan_of(family, **changes)
+
+
+def test_tensors_are_used_or_named():
+    config = config_of("qwen3")
+    weights = random_weights(config)
+    expected = plan(make_checkpoint(config, weights))
+    more = {
+        "lm_head.weight": weights["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(24, np.float32),
+    }
+    given = plan(make_checkpoint(config, weights | more))
+    assert [t[:3] for t in given.tensors] == [t[:3] for t in expected.tensors]
+    more["model.layers.0.self_attn.sinks"] = np.ones(4, np.float32)
+    with pytest.raises(
+        UnsupportedModelError, match=r"first being 'model.layers.0.self_attn.sinks'"
+    ):
+        plan(make_checkpoint(config, weights | more))
