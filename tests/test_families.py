@@ -231,3 +231,64 @@ def test_tensors_are_used_or_named():
         UnsupportedModelError, match=r"first being 'model.layers.0.self_attn.sinks'"
     ):
         plan(make_checkpoint(config, weights | more))
+
+
+# --- files that do not fit ------------------------------------------------------------------------
+def tensor_of(name: str, *shape: int) -> PlannedTensor:
+    return PlannedTensor(
+        name, shape, (), lambda start, stop: np.ones((stop - start, *shape[1:]), np.float32)
+    )
+
+
+FILES: list[tuple[str, dict, list[PlannedTensor], str]] = [
+    ("phi3", {}, [tensor_of("blk.0.attn_qkv.weight", 352, 128)], r"qkv.weight has shape \[128, 352\]"),
+    ("phi3", {}, [tensor_of("blk.0.attn_qkv.weight", 384, 96)], r"qkv.weight has shape \[96, 384\]"),
+    ("phi3", {}, [tensor_of("blk.1.ffn_up.weight", 160, 128)], r"ffn_up.weight has shape \[128, 160\]"),
+    ("phi3", {}, [tensor_of("blk.0.attn_q.weight", 128, 128)], "attn_q.weight is also part of"),
+    ("phi3", {}, [tensor_of("blk.0.attn_qkv.bias", 383)], r"attn_qkv.bias has shape \[383\]"),
+    ("phi3", {"rope.scaling.type": "longrope"}, [], "longrope needs"),
+    ("phi3", {}, [tensor_of("rope_factors_long.weight", 16)], "longrope needs"),
+    ("phi3-long", {"rope.scaling.type": "yarn"}, [], "longrope needs"),
+    ("phi3-long", {}, [tensor_of("rope_freqs.weight", 16)], "longrope needs"),
+    ("phi3-long", {}, [tensor_of("rope_factors_short.weight", 12)], r"f32 \[16\] is needed"),
+    ("phi3-long", {"rope.scaling.attn_factor": 0.0}, [], "attn_factor is 0.0"),
+    ("qwen3", {}, [tensor_of("blk.2.attn_k_norm.weight", 47)], "attn_k_norm.weight has shape"),
+    ("qwen2", {}, [tensor_of("blk.0.attn_q_norm.weight", 32)], "attn_q_norm.weight' has no place"),
+    ("granite", {"rope.scaling.finetuned": False}, [], "finetuned is False"),
+    ("granite", {"logit_scale": None}, [], "logit_scale is missing"),
+    ("granite", {"logit_scale": 0.0}, [], "logit_scale is 0.0"),
+    ("granite", {"attention.scale": float("nan")}, [], "attention.scale is nan"),
+    ("gemma3", {"attention.sliding_window_pattern": [True] * 6}, [], "pattern has 6 entries"),
+    ("gemma3", {"attention.sliding_window_pattern": [1] * 7}, [], "pattern has 7 entries"),
+    ("gemma3", {"attention.sliding_window_pattern": "6"}, [], "pattern is '6'"),
+    ("stablelm", {"attention.layer_norm_epsilon": None}, [], "layer_norm_epsilon is missing"),
+    ("stablelm-12b", {}, [tensor_of("blk.1.attn_k_norm.weight", 3, 32)], "k_norm.weight has shape"),
+    ("stablelm-12b", {}, [tensor_of("blk.1.attn_k_norm.weight", 4, 16)], "k_norm.weight has shape"),
+    ("stablelm-12b", {}, [tensor_of("blk.1.ffn_norm.weight", 128)], "ffn_norm.weight' has no place"),
+    ("olmo2", {}, [tensor_of("blk.0.attn_norm.weight", 128)], "attn_norm.weight' has no place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "keys", "tensors", "named"), FILES)
+def test_files_that_do_not_fit(family, keys, tensors, named, tmp_path):
+    """`keys` and `tensors` replace what a sound file has, or stand beside it."""
+    sound = plan_of(family)
+    metadata = sound.metadata | {f"{sound.architecture}.{key}": v for key, v in keys.items()}
+    all_tensors = {tensor.name: tensor for tensor in (*sound.tensors, *tensors)}
+    path = tmp_path / "m.gguf"
+    write_gguf(path, Plan(sound.architecture, metadata, list(all_tensors.values())))
+    with open_gguf(path) as gguf, pytest.raises(ModelFileError, match=named):
+        read_config(gguf)
+
+
+def test_which_layers_have_a_window_may_be_told(tmp_path):
+    """The 27B of Gemma 2 and 3 and its scale are known by the number of layers."""
+    types = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]
+    path = write_gguf(tmp_path / "a.gguf", plan_of("gemma3", layer_types=types))
+    with open_gguf(path) as gguf:
+        assert read_config(gguf).windows == (0, 40, 0, 40, 0, 40, 0)
+    path = write_gguf(tmp_path / "b.gguf", plan_of("gemma3", sliding_window_pattern=3))
+    with open_gguf(path) as gguf:
+        config = read_config(gguf)
+    assert config.windows == (40, 40, 0, 40, 40, 0, 40)
+    assert config.attention_scale == pytest.approx(48**-0.5)
