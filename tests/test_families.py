@@ -281,8 +281,28 @@ def test_files_that_do_not_fit(family, keys, tensors, named, tmp_path):
         read_config(gguf)
 
 
+def test_the_magnitude_of_yarn_may_be_told(tmp_path):
+    """As llama.cpp's converter writes it: in place of yarn's own, which it is close to."""
+    sound = plan_of("olmo3")
+    metadata = dict(sound.metadata)
+    del metadata["olmo2.rope.scaling.attn_factor"]
+    metadata["olmo2.rope.scaling.yarn_attn_factor"] = 1.2
+    logits = logits_of(write_gguf(tmp_path / "m.gguf", sound._replace(metadata=metadata)))
+    config = config_of("olmo3")
+    expected = NaiveCheckpoint(config, random_weights(config)).logits(IDS)
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("family", "n_layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_are_known_by_their_layers(family, n_layers, tmp_path):
+    for n, expected in ((n_layers, (128 / 4) ** -0.5), (n_layers - 1, 48**-0.5)):
+        config = config_of(family) | {"num_hidden_layers": n}
+        planned = plan(make_checkpoint(config, random_weights(config)))
+        with open_gguf(write_gguf(tmp_path / f"{n}.gguf", planned)) as gguf:
+            assert read_config(gguf).attention_scale == pytest.approx(expected)
+
+
 def test_which_layers_have_a_window_may_be_told(tmp_path):
-    """The 27B of Gemma 2 and 3 and its scale are known by the number of layers."""
     types = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]
     path = write_gguf(tmp_path / "a.gguf", plan_of("gemma3", layer_types=types))
     with open_gguf(path) as gguf:

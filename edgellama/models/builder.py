@@ -13,7 +13,8 @@ from typing import Any
 
 from edgellama.gguf import TensorInfo
 
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .rope import RopeConfig
 
 
 @dataclass(eq=False, slots=True)

@@ -6,8 +6,7 @@ Kernels do not check bounds: what `read_config` returns is what makes that safe.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,24 +14,10 @@ from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS
 
+from .architectures import ARCHITECTURES, Architecture
+from .keys import INT32_MAX, Keys
+from .rope import RopeConfig, read_rope
 from .stacked import flatten_vectors, split_projections
-
-
-class RopeConfig(NamedTuple):
-    """How positions rotate: which dimensions pair up, at which frequencies."""
-
-    kind: str  # "norm": neighbours, "neox": halves
-    n_dims: int
-    freq_base: float
-    scaling: str = "none"  # or linear, yarn, longrope
-    factor: float = 1.0
-    original_context: int = 0
-    ext_factor: float = 1.0
-    attn_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    freq_factors: str = ""  # tensor of divisors
-    freq_factors_long: str = ""  # those of a context longer than the original
 
 
 class ModelConfig(NamedTuple):
@@ -51,8 +36,8 @@ class ModelConfig(NamedTuple):
     norm_eps: float
     rope: RopeConfig
     rope_local: RopeConfig | None
-    windows: tuple[int, ...]
-    norms: frozenset[str]
+    windows: tuple[int, ...]  # of each layer: positions that a token sees, 0 for all before it
+    norms: frozenset[str]  # of each layer
     attention_scale: float
     attn_softcap: float
     final_softcap: float
@@ -66,112 +51,6 @@ class ModelConfig(NamedTuple):
         return self.rope_local if self.rope_local and self.windows[layer] else self.rope
 
 
-class _Family(NamedTuple):
-    """What differs between architectures.
-
-    `norms` says how long the weights of a layer's norms are: "width", "head" (head size), or "q" and
-    "k" (all heads); those in `optional` may be missing.  Every `global_every`-th layer sees all
-    positions, others a window where the file has one.  `defaults` stand in for missing keys.
-    """
-
-    rope_kind: str
-    norms: Mapping[str, str] = {"attn_norm": "width", "ffn_norm": "width"}
-    optional: tuple[str, ...] = ()
-    eps: str = "attention.layer_norm_rms_epsilon"
-    norm_biases: bool = False
-    global_every: int = 0
-    local_rope: bool = False
-    stacked_ffn: bool = False
-    soft_caps: bool = False
-    embedding_by_width: bool = False
-    multipliers: bool = False
-    layers_scaled_by_width: int = 0
-    defaults: Mapping[str, float] = {}
-
-
-_INT32_MAX = (1 << 31) - 1
-_BASES = (2.0, 1e12)  # of the angles of rope: above 1, whose logarithm yarn divides by
-_FACTORS = (1e-6, 1e6)
-_BLOCK = {"attn_norm": "width", "ffn_norm": "width"}
-_AFTER = {"post_attention_norm": "width", "post_ffw_norm": "width"}
-_PER_HEAD = {"attn_q_norm": "head", "attn_k_norm": "head"}
-_ALL_HEADS = {"attn_q_norm": "q", "attn_k_norm": "k"}
-_FAMILIES = {
-    "llama": _Family("norm"),
-    "internlm2": _Family("norm"),
-    "phi3": _Family("neox", stacked_ffn=True),
-    "qwen2": _Family("neox"),
-    "qwen3": _Family("neox", _BLOCK | _PER_HEAD),
-    "smollm3": _Family("norm"),
-    "granite": _Family("norm", multipliers=True),
-    "olmo2": _Family("neox", _AFTER | _ALL_HEADS, global_every=4, local_rope=True),
-    "stablelm": _Family(
-        "neox", _BLOCK | _ALL_HEADS, optional=("ffn_norm", "attn_q_norm", "attn_k_norm"),
-        eps="attention.layer_norm_epsilon", norm_biases=True,
-    ),
-    "gemma": _Family("neox", embedding_by_width=True),
-    "gemma2": _Family(
-        "neox", _BLOCK | _AFTER, embedding_by_width=True, soft_caps=True, global_every=2,
-        layers_scaled_by_width=46,
-        defaults={
-            "attention.sliding_window": 4096, "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-    ),
-    "gemma3": _Family(
-        "neox", _BLOCK | _AFTER | _PER_HEAD, embedding_by_width=True, soft_caps=True,
-        global_every=6, local_rope=True, layers_scaled_by_width=62,
-        defaults={"rope.freq_base_swa": 10000.0},
-    ),
-}  # fmt: skip
-
-
-class _Keys:
-    """Metadata of one architecture, read with type and range checks."""
-
-    def __init__(self, gguf: GGUFFile, arch: str, defaults: Mapping[str, float]) -> None:
-        self.metadata = gguf.metadata
-        self.file = gguf.path.name
-        self.arch = arch
-        self.defaults = defaults
-
-    def has(self, key: str) -> bool:
-        """Whether the file has the key, or the family a value of its own."""
-        return f"{self.arch}.{key}" in self.metadata or key in self.defaults
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.metadata.get(f"{self.arch}.{key}", self.defaults.get(key, default))
-        if value is None:
-            raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number in a range, which a default must keep to as well."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {shown(value)}; one integer is needed"
-            )
-        if not low <= value <= high:
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value}; it must be {low} to {high}"
-            )
-        return value
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A number in a range, which no NaN and no infinity is."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {shown(value)}; a number is needed"
-            )
-        if not low <= value <= high:
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value}; it must be {low:g} to {high:g}"
-            )
-        return float(value)
-
-
 def read_config(gguf: GGUFFile) -> ModelConfig:
     """Read and validate the hyper-parameters and the tensors they imply.
 
@@ -182,13 +61,13 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         raise ModelFileError(
             f"{gguf.path.name}: general.architecture is missing or no string: this is no model"
         )
-    family = _FAMILIES.get(arch)
+    family = ARCHITECTURES.get(arch)
     if family is None:
-        known = ", ".join(sorted(_FAMILIES))
+        known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"{gguf.path.name} is a model of architecture {shown(arch)}; edgellama runs: {known}"
         )
-    k = _Keys(gguf, arch, family.defaults)
+    k = Keys(gguf, arch, family.defaults)
     n_experts = k.integer("expert_count", 0, 1 << 16, 0)
     k.integer("expert_used_count", 0, n_experts, 0)
     if n_experts > 0:
@@ -219,7 +98,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path.name}: heads of {head_size} with values of another size, or no multiple "
             "of 8, are not supported"
         )
-    rope, rope_local = _rope(gguf, k, family, head_size)
+    rope, rope_local = read_rope(gguf, k, family, head_size)
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
@@ -259,7 +138,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         head_size=head_size,
         ffn_width=ffn_width,
         n_vocab=n_vocab,
-        context_length=k.integer("context_length", 1, _INT32_MAX),
+        context_length=k.integer("context_length", 1, INT32_MAX),
         norm_eps=k.number(family.eps, 1e-20, 1.0),
         rope=rope,
         rope_local=rope_local,
@@ -284,15 +163,15 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
     return config
 
 
-def _factor(k: _Keys, key: str, default: float) -> float:
+def _factor(k: Keys, key: str, default: float) -> float:
     return k.number(key, 1e-3, 1e6) if k.has(key) else default
 
 
-def _windows(k: _Keys, family: _Family, n_layers: int) -> tuple[int, ...]:
+def _windows(k: Keys, family: Architecture, n_layers: int) -> tuple[int, ...]:
     """How many positions a token of each layer sees; 0: all before it."""
     if not k.has("attention.sliding_window"):
         return (0,) * n_layers
-    window = k.integer("attention.sliding_window", 0, _INT32_MAX)
+    window = k.integer("attention.sliding_window", 0, INT32_MAX)
     every = family.global_every
     pattern = k.metadata.get(f"{k.arch}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
@@ -310,7 +189,7 @@ def _windows(k: _Keys, family: _Family, n_layers: int) -> tuple[int, ...]:
 
 
 def _attention_scale(
-    k: _Keys, family: _Family, n_layers: int, head_size: int, width_per_head: int
+    k: Keys, family: Architecture, n_layers: int, head_size: int, width_per_head: int
 ) -> float:
     """What scores are multiplied with: 1 / sqrt(E), but for the largest Gemmas, or as the file says.
 
@@ -322,81 +201,12 @@ def _attention_scale(
     return _factor(k, "attention.scale", default)
 
 
-def _rope(
-    gguf: GGUFFile, k: _Keys, family: _Family, head_size: int
-) -> tuple[RopeConfig, RopeConfig | None]:
-    n_dims = k.integer("rope.dimension_count", 2, head_size, head_size)
-    if n_dims % 2:
-        raise ModelFileError(
-            f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even"
-        )
-    base = k.number("rope.freq_base", *_BASES, 10000.0)
-    scaling = gguf.metadata.get(f"{k.arch}.rope.scaling.type", "none")
-    factor = k.number("rope.scale_linear", *_FACTORS, 1.0)
-    factor = k.number("rope.scaling.factor", *_FACTORS, factor)
-    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn", "longrope"):
-        raise UnsupportedModelError(
-            f"{k.file}: {k.arch}.rope.scaling.type is {shown(scaling)}; none, linear, yarn and "
-            "longrope are known"
-        )
-    if scaling == "none" and factor != 1.0:
-        scaling = "linear"
-    attn_factor = k.number("rope.scaling.yarn_attn_factor", *_FACTORS, 1.0)
-    factors = _divisors(gguf, "rope_freqs.weight", n_dims)
-    long = _divisors(gguf, "rope_factors_long.weight", n_dims)
-    short = _divisors(gguf, "rope_factors_short.weight", n_dims)
-    if scaling == "longrope" or long or short:
-        if not (long and short) or factors or scaling not in ("none", "longrope"):
-            raise ModelFileError(
-                f"{k.file}: longrope needs rope_factors_long.weight and rope_factors_short.weight, "
-                "and no other scaling"
-            )
-        scaling, factors = "longrope", short
-    rope = RopeConfig(
-        kind=family.rope_kind,
-        n_dims=n_dims,
-        freq_base=base,
-        scaling=scaling,
-        factor=factor,
-        original_context=k.integer(
-            "rope.scaling.original_context_length", 1, _INT32_MAX,
-            k.integer("context_length", 1, _INT32_MAX),
-        ),
-        ext_factor=k.number("rope.scaling.yarn_ext_factor", 0.0, 1.0, 1.0),
-        attn_factor=k.number("rope.scaling.attn_factor", *_FACTORS, attn_factor),
-        beta_fast=k.number("rope.scaling.yarn_beta_fast", *_FACTORS, 32.0),
-        beta_slow=k.number("rope.scaling.yarn_beta_slow", *_FACTORS, 1.0),
-        freq_factors=factors,
-        freq_factors_long=long,
-    )  # fmt: skip
-    if not family.local_rope:
-        return rope, None
-    local_base = k.number("rope.freq_base_swa", *_BASES, base)
-    return rope, RopeConfig(family.rope_kind, n_dims, local_base)
-
-
-def _divisors(gguf: GGUFFile, name: str, n_dims: int) -> str:
-    """Return the name of a tensor that divides the frequencies, checked, or "" without it."""
-    info = gguf.tensors.get(name)
-    if info is None:
-        return ""
-    if info.type_name != "f32" or info.shape != (n_dims // 2,):
-        raise ModelFileError(
-            f"{gguf.path.name}: {name} is {info.type_name} {list(info.shape)}; "
-            f"f32 [{n_dims // 2}] is needed"
-        )
-    divisors = gguf.data(name).view("<f4")
-    if not all(math.isfinite(d) and d > 0 for d in divisors.tolist()):
-        raise ModelFileError(f"{gguf.path.name}: {name} holds a divisor that is not above 0")
-    return name
-
-
 def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
     """Prove that the file has the tensors the forward pass names and no other, and that they fit.
 
     Raises: ModelFileError naming the tensor and both shapes.
     """
-    family = _FAMILIES[c.arch]
+    family = ARCHITECTURES[c.arch]
     q, kv = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
     needed: dict[str, tuple[int, ...]] = {"token_embd.weight": (c.width, c.n_vocab)}
     if not c.tied:

@@ -30,7 +30,8 @@ from edgellama.gguf import GGUFFile
 from edgellama.kernels import layout, targets, team
 from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects
 from edgellama.models import FAMILIES, Builder
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence

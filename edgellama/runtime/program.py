@@ -18,7 +18,8 @@ from edgellama.kernels.blocks import FORMATS, STRIP, padded
 from edgellama.kernels.compiler import Pack
 from edgellama.kernels.team import fill_record
 from edgellama.models.builder import Builder, Node, Tensor
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 
 from .memory import small_pages
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from edgellama.gguf import GGUFFile
-from edgellama.models.config import RopeConfig
+from edgellama.models.rope import RopeConfig
 
 
 def rope_table(rope: RopeConfig, gguf: GGUFFile, n_ctx: int) -> np.ndarray:
@@ -45,7 +45,6 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray) -> tuple[np.ndarray, float]
     ramp = (np.arange(len(frequencies)) - low) / max(0.001, high - low)
     keep = (1.0 - np.clip(ramp, 0.0, 1.0)) * rope.ext_factor
     scaled = frequencies / rope.factor
-    magnitude = rope.attn_factor
-    if rope.ext_factor:
-        magnitude *= 1.0 + 0.1 * math.log(rope.factor)
+    usual = 1.0 + 0.1 * math.log(rope.factor) if rope.ext_factor else 1.0
+    magnitude = rope.attn_factor * (rope.yarn_attn_factor or usual)
     return scaled * (1.0 - keep) + frequencies * keep, magnitude
