@@ -10,6 +10,7 @@ from checkpoints import CONFIGS, config_of, make_checkpoint, random_weights, wri
 from naive_hf import NaiveCheckpoint
 
 from edgellama.convert.families import Plan, PlannedTensor, plan
+from edgellama.convert.families.meta import translated
 from edgellama.errors import ModelFileError, UnsupportedModelError
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
@@ -166,6 +167,74 @@ def test_an_untied_head_of_a_model_that_sees():
     seeing = {"model_type": "gemma3", "text_config": config}
     names = {tensor.name for tensor in plan(make_checkpoint(seeing, renamed)).tensors}
     assert "output.weight" in names
+
+
+def as_meta(weights: dict[str, np.ndarray], head_size: int) -> dict[str, np.ndarray]:
+    """A Llama of Hugging Face under Meta's names, with the two of a rotated pair side by side."""
+    names = {
+        "model.": "", "embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm", "lm_head": "output", "self_attn": "attention",
+        "mlp": "feed_forward", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+        "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+    }  # fmt: skip
+    out = {"rope.freqs": np.ones(head_size // 2, np.float32)}
+    for name, values in weights.items():
+        if "q_proj" in name or "k_proj" in name:
+            pairs = np.arange(head_size).reshape(2, -1).T.reshape(-1)  # 0, E / 2, 1, E / 2 + 1 ...
+            values = values.reshape(-1, head_size, values.shape[1])[:, pairs].reshape(values.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        out[name] = values
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama-3.1"])
+def test_metas_names(family, tmp_path):
+    config = config_of(family) | {"head_dim": 32, "tie_word_embeddings": False}
+    if family == "llama-3.1":
+        config["rope_scaling"] = config["rope_scaling"] | {"original_max_position_embeddings": 8192}
+    weights = random_weights(config)
+    params = {
+        "dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160,
+        "vocab_size": -1, "norm_eps": 1e-5, "max_seq_len": 1024, "multiple_of": 256,
+        "sliding_window": config.get("sliding_window"), "use_scaled_rope": family == "llama-3.1",
+    }  # fmt: skip
+    ours = plan(make_checkpoint(config, weights))
+    theirs = plan(make_checkpoint(params, as_meta(weights, 32)))
+    assert ours.metadata == theirs.metadata
+    a, b = write_gguf(tmp_path / "a.gguf", ours), write_gguf(tmp_path / "b.gguf", theirs)
+    assert np.array_equal(logits_of(a), logits_of(b))
+
+
+@pytest.mark.parametrize(
+    ("params", "ffn_width", "context_length"),
+    [
+        ({"dim": 4096, "multiple_of": 256, "norm_eps": 1e-6}, 11008, 2048),
+        ({"dim": 4096, "multiple_of": 256, "norm_eps": 1e-5}, 11008, 4096),
+        ({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "rope_theta": 5e5}, 14336, 8192),
+        ({"dim": 2048, "multiple_of": 256, "ffn_dim_multiplier": 1.5, "rope_theta": 5e5,
+          "use_scaled_rope": True}, 8192, 131072),
+        ({"dim": 4096, "hidden_dim": 14336, "head_dim": 128, "sliding_window": 4096}, 14336, 32768),
+    ],
+)  # fmt: skip
+def test_what_params_json_leaves_out(params, ffn_width, context_length):
+    """Llama 1 7B, Llama 2 7B, Llama 3 8B, Llama 3.2 1B, Mistral 7B 0.1."""
+    config = translated({"n_layers": 16, "n_heads": 32, "vocab_size": -1} | params, 32000)
+    assert config["intermediate_size"] == ffn_width
+    assert config["max_position_embeddings"] == context_length
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [({"moe": {}}, "'moe' is no known"), ({"dim": "x"}, "dim is 'x'"),
+     ({"multiple_of": 0}, "multiple_of is 0"), ({"n_layers": None}, "n_layers is NoneType"),
+     ({"n_heads": 0}, "num_attention_heads is 0")],
+)  # fmt: skip
+def test_params_json_that_does_not_do(params, named):
+    weights = {"tok_embeddings.weight": np.zeros((300, 128), np.float32)}
+    checkpoint = make_checkpoint({"dim": 128, "n_layers": 1, "n_heads": 4} | params, weights)
+    with pytest.raises(ModelFileError, match=named):
+        plan(checkpoint)
 
 
 # --- what is refused ------------------------------------------------------------------------------

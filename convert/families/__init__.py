@@ -1,4 +1,4 @@
-"""From a checkpoint of Hugging Face to the metadata and tensors of a GGUF file: a small file per family.
+"""From a checkpoint to the metadata and tensors of a GGUF file: a small file per family.
 
 `plan` is where to begin.  A family reads hyper-parameters from `Hyper` (hyper.py) and tensors from
 `TensorMap` (plan.py), plans what the file will hold, and returns patterns of what may be left out.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from edgellama.errors import UnsupportedModelError, shown
 
-from . import gemma, internlm, llama, olmo, phi, qwen, stablelm
+from . import gemma, internlm, llama, meta, olmo, phi, qwen, stablelm
 from .hyper import Hyper
 from .plan import Checkpoint, Plan, PlannedTensor, TensorMap
 
@@ -57,6 +57,10 @@ def plan(checkpoint: Checkpoint) -> Plan:
     ModelFileError for one that is missing or does not fit.
     """
     config = checkpoint.config
+    if "model_type" not in config and "dim" in config:  # params.json
+        embedding = checkpoint.tensors.get("tok_embeddings.weight")
+        config = meta.translated(config, embedding.shape[0] if embedding is not None else 0)
+        return _plan(Family("llama", meta.meta), config, checkpoint)
     config = config | config.get("text_config", {}) | {"model_type": config.get("model_type")}
     model_type = config["model_type"]
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -65,6 +69,10 @@ def plan(checkpoint: Checkpoint) -> Plan:
             f"config.json: model_type is {shown(model_type)}; edgellama converts: "
             f"{', '.join(FAMILIES)}"
         )
+    return _plan(family, config, checkpoint)
+
+
+def _plan(family: Family, config: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
     hyper = Hyper(config, family.architecture, family.defaults)
     hyper.sizes(family.eps)
     tensors = TensorMap(checkpoint.tensors, _PREFIXES)
