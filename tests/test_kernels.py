@@ -16,7 +16,7 @@ from edgellama.kernels.blocks import FORMATS, STRIP
 from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects, object_path
 from edgellama.kernels.image import ExecutableMemory
 from edgellama.kernels.link import LinkError, flatten
-from edgellama.runtime.engine import load_pack
+from edgellama.runtime.packs import load_pack
 
 HOST = targets.detect()
 SMALL = "norm.rms_norm"

@@ -117,11 +117,11 @@ def warmup(model: str | None, tier: str | None, offline: bool) -> None:
     from edgellama.gguf import open_gguf
     from edgellama.kernels import targets
     from edgellama.models.config import read_config
-    from edgellama.runtime.engine import prepare_pack
+    from edgellama.runtime.packs import prepare_pack
 
     if tier is not None and tier not in targets.TARGETS:
         raise UsageError(f"no tier is called {tier!r}; tiers: {', '.join(targets.TARGETS)}")
     target = targets.TARGETS[tier] if tier else targets.detect()
     with open_gguf(catalog.resolve(model, offline=offline)) as gguf:
-        n_built = prepare_pack(gguf, read_config(gguf), target)
+        n_built = prepare_pack(gguf, read_config(gguf), "f16", target)
     click.echo(f"{n_built} kernels built for {target.name}")

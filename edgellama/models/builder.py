@@ -1,7 +1,7 @@
 """The words in which a forward pass is written: unfused operations over named tensors.
 
 A family's `forward` (llama.py and its neighbours) calls these; the result is a list of nodes in order.
-`edgellama/runtime/program.py` fuses them, lays out memory and writes the table the kernels run.
+`edgellama/runtime/lowering.py` fuses them into the records of a program, which the kernels run.
 Rows are tokens: a tensor is (T, width) float32, and after `take` (wanted rows, width).
 """
 

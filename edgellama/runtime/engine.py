@@ -14,29 +14,28 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 
-from edgellama.catalog import home
 from edgellama.cpu import n_usable_cores
 from edgellama.errors import (
     ContextOverflowError,
     EdgeLlamaError,
-    KernelError,
     OutOfMemoryError,
     UsageError,
 )
 from edgellama.gguf import GGUFFile
-from edgellama.kernels import layout, targets, team
-from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects
-from edgellama.models import FAMILIES, Builder
+from edgellama.kernels import targets, team
 from edgellama.models.config import ModelConfig
 from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence
-from .program import Program
+from .lowering import compile_program
+from .packs import load_pack
 from .rope import rope_table
+from .step import StepArrays
 from .weights import Weights
 
 KV_TYPES = ("f16", "f32", "q8_0")
@@ -87,8 +86,7 @@ class Engine:
         self._closed = False
         self._macs_per_s = 2e9 * n_threads
 
-        builder = Builder(config, gguf.tensors)
-        program = Program(builder, FAMILIES[config.arch](builder), kv_type, fuse=fuse)
+        program = compile_program(config, gguf.tensors, kv_type, fuse=fuse)
         self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
         self._weights = Weights(gguf, program.weights, program.gathered, self.n_batch)
@@ -122,9 +120,9 @@ class Engine:
             raise OutOfMemoryError(
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error
-        self._pieces_cost = [record.n_macs for record in program.records]
-        self.n_macs = sum(self._pieces_cost)  # of a token, without attention
-        self._out_of_head = [record.of_out_rows for record in program.records]
+        self.n_macs = sum(
+            record.n_macs for record in program.records
+        )  # of a token, without attention
         self._macs = np.array(
             [(r.n_macs, r.n_position_macs, r.n_positions) for r in program.records], np.float64
         ).T
@@ -132,18 +130,7 @@ class Engine:
         self._head_first = program.head_first
         self._n_records = len(program.records)
         self._team.use(self._bound.table)
-        self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
-        self._ids = np.zeros(self.n_batch, np.int32)
-        self._positions = np.zeros(self.n_batch, np.int32)
-        self._tables = np.zeros(self.n_batch, np.int64)
-        self._out_rows = np.zeros(self.n_batch, np.int32)
-        for field, array in (
-            (layout.STEP_IDS, self._ids),
-            (layout.STEP_POSITIONS, self._positions),
-            (layout.STEP_TABLES, self._tables),
-            (layout.STEP_OUT_ROWS, self._out_rows),
-        ):
-            self._step[field // 8] = array.ctypes.data
+        self._step = StepArrays(self.n_batch)
 
     # --- sequences --------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -294,33 +281,19 @@ class Engine:
         self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
     ) -> list[int]:
         """Write the step's arrays; return the rows of the last tokens that are wanted."""
-        n = 0
-        wanted = []
-        every_id = [i for _, ids in batch for i in ids]
-        self._ids[: len(every_id)] = self._weights.gather(every_id)
-        for (sequence, ids), wants in zip(batch, wants_last, strict=True):
+        for sequence, ids in batch:
             self._cache.reserve(sequence, len(sequence.tokens) + len(ids))
-            rows = slice(n, n + len(ids))
-            start = len(sequence.tokens)
-            self._positions[rows] = np.arange(start, start + len(ids))
-            self._tables[rows] = sequence.table.ctypes.data
-            n += len(ids)
-            if wants:
-                wanted.append(n - 1)
-        self._step[layout.STEP_N_TOKENS // 8] = n
-        self._step[layout.STEP_N_OUT // 8] = 0
-        n_spans = int(self._positions[:n].max()) // layout.SPAN + 1
-        few = n <= layout.SPLIT_TOKENS and n * n_spans <= layout.SPLIT_ROWS
-        self._step[layout.STEP_N_SPANS // 8] = n_spans if few else 1
-        return wanted
+        rows = self._weights.gather([i for _, ids in batch for i in ids])
+        self._step.fill(rows, [(sequence, len(ids)) for sequence, ids in batch])
+        ends = accumulate(len(ids) for _, ids in batch)
+        return [end - 1 for end, wants in zip(ends, wants_last, strict=True) if wants]
 
     def _head(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, rows): logits of the wanted rows of this step, block by block."""
         n_out = len(self._bound.logits)
         for first in range(0, len(wanted), n_out):
             rows = wanted[first : first + n_out]
-            self._out_rows[: len(rows)] = rows
-            self._step[layout.STEP_N_OUT // 8] = len(rows)
+            self._step.want(rows)
             self._run(self._head_first, self._n_records)
             yield first, self._bound.logits[: len(rows), : self.n_vocab]
 
@@ -331,9 +304,7 @@ class Engine:
 
     def _run(self, first: int, last: int) -> None:
         """Run records [first, last) in calls of about `_CALL_S` seconds."""
-        n_tokens = int(self._step[layout.STEP_N_TOKENS // 8])
-        n_out = int(self._step[layout.STEP_N_OUT // 8])
-        depth = int(self._positions[:n_tokens].max()) + 1
+        n_tokens, n_out, depth = self._step.n_tokens, self._step.n_out, self._step.depth
         costs = (
             self._costs(depth)[first:last]
             * np.where(self._of_out_rows, n_out, n_tokens)[first:last]
@@ -348,7 +319,7 @@ class Engine:
                 self._abort = False
                 raise Aborted("the step was aborted")
             start = time.perf_counter()
-            self._team.run(self._step, first + done, first + n)
+            self._team.run(self._step.words, first + done, first + n)
             if n_tokens >= _MANY_TOKENS:  # a few are bound by memory
                 rate = (ends[n - 1] - start_cost) / (time.perf_counter() - start)
                 self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * rate
@@ -376,51 +347,11 @@ class Engine:
             raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
         with self._locked():
             self._check(sequence, ids)
-            (self._out_rows[0],) = self._stage([(sequence, ids)], [True])
-            self._step[layout.STEP_N_OUT // 8] = 1
+            self._step.want(self._stage([(sequence, ids)], [True]))
             times = []
             for i in range(self._n_records):
                 start = time.perf_counter()
-                self._team.run(self._step, i, i + 1)
+                self._team.run(self._step.words, i, i + 1)
                 times.append(time.perf_counter() - start)
             self._cache.commit(sequence, ids)
             return times
-
-
-# --- kernels --------------------------------------------------------------------------------------
-def load_pack(names: SequenceOf[str], target: targets.Target) -> Pack:
-    """Load operations for this CPU, building first those that are missing or damaged.
-
-    Raises: KernelError.
-    """
-    try:
-        pack = Pack(target, home() / "packs")
-        missing = pack.missing(names)
-        if missing:
-            _build(missing, target)
-        pack.load(names)
-    except (BuildError, RuntimeError, OSError) as error:
-        raise KernelError(f"kernels could not be prepared: {error}") from error
-    return pack
-
-
-def _build(names: SequenceOf[str], target: targets.Target) -> None:
-    title = f"Building kernels for {target.name} (once)"
-    with progress(title, len(names), unit="") as advance:
-        build(names, target, home() / "packs", n_processes=n_usable_cores(), advance=advance)
-
-
-def prepare_pack(gguf: GGUFFile, config: ModelConfig, target: targets.Target) -> int:
-    """Build what is missing of a model's kernels for any tier; return how many were built.
-
-    Raises: KernelError.
-    """
-    builder = Builder(config, gguf.tensors)
-    program = Program(builder, FAMILIES[config.arch](builder), KV_TYPES[0])
-    try:
-        missing = missing_objects([*program.operations, *team.NAMES], target, home() / "packs")
-        if missing:
-            _build(missing, target)
-    except (BuildError, OSError) as error:
-        raise KernelError(f"kernels could not be prepared: {error}") from error
-    return len(missing)
