@@ -21,17 +21,24 @@ Read = Callable[[int, int], np.ndarray]
 class SourceTensor(Protocol):
     """A tensor of a checkpoint."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows `start` to `stop`, f32."""
 
 
 class Checkpoint(Protocol):
-    """A published model: the contents of config.json, and its tensors by name."""
+    """A published model."""
 
-    config: dict[str, Any]
-    tensors: Mapping[str, SourceTensor]
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds, or params.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Tensors by name."""
 
 
 class PlannedTensor(NamedTuple):
