@@ -19,7 +19,7 @@ def forward(b: Builder) -> Tensor:
         q = b.rope(b.linear(h, f"{blk}.attn_q"), c.n_heads, c.rope)
         k = b.rope(b.linear(h, f"{blk}.attn_k"), c.n_kv_heads, c.rope)
         v = b.linear(h, f"{blk}.attn_v")
-        a = b.attention(layer, q, k, v, scale=c.attention_scale)
+        a = b.attention(layer, q, k, v, scale=c.attention_scale, window=c.windows[layer])
         x = b.add(x, b.linear(a, f"{blk}.attn_output"), scale=c.residual_scale)
         h = b.rms_norm(x, f"{blk}.ffn_norm")
         h = b.gated(b.linear(h, f"{blk}.ffn_gate"), b.linear(h, f"{blk}.ffn_up"), "silu")

@@ -19,7 +19,7 @@ def forward(b: Builder) -> Tensor:
         q, k, v = (b.linear(h, f"{blk}.attn_{part}") for part in "qkv")
         if (layer + 1) % 4 != 0:
             q, k = b.rope(q, c.n_heads, c.rope), b.rope(k, c.n_kv_heads, c.rope)
-        a = b.attention(layer, q, k, v, scale=c.attention_scale)
+        a = b.attention(layer, q, k, v, scale=c.attention_scale, window=c.windows[layer])
         x = b.add(x, b.linear(a, f"{blk}.attn_output"))
         h = b.rms_norm(x, f"{blk}.ffn_norm")
         h = b.gated(b.linear(h, f"{blk}.ffn_gate"), b.linear(h, f"{blk}.ffn_up"), "silu")

@@ -23,7 +23,7 @@ def forward(b: Builder) -> Tensor:
             q = b.layer_norm(q, f"{blk}.attn_q_norm", c.head_size)
             k = b.layer_norm(k, f"{blk}.attn_k_norm", c.head_size)
         q, k = b.rope(q, c.n_heads, c.rope), b.rope(k, c.n_kv_heads, c.rope)
-        a = b.attention(layer, q, k, v, scale=c.attention_scale)
+        a = b.attention(layer, q, k, v, scale=c.attention_scale, window=c.windows[layer])
         x = b.add(x, b.linear(a, f"{blk}.attn_output"))
         if "ffn_norm" in c.norms:
             h = b.layer_norm(x, f"{blk}.ffn_norm")
