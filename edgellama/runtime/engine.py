@@ -28,7 +28,8 @@ from edgellama.errors import (
 )
 from edgellama.gguf import GGUFFile
 from edgellama.kernels import targets, team
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence
