@@ -186,13 +186,13 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     import llvmlite.binding as llvm
     from numba import int64, njit, void
 
-    from . import simd
+    from . import calls, vectors
     from .link import LinkError, flatten
 
     module_name, _, class_name = target.lowering.partition(".")
     lowering = importlib.import_module(f"{__package__}.{module_name}")
-    simd.lowering = getattr(lowering, class_name)
-    simd.system_convention = _convention(target)
+    vectors.lowering = getattr(lowering, class_name)
+    calls.system_convention = _convention(target)
 
     function, arguments, floats = _entry(name)
     is_operation = function.__name__ == "entry"

@@ -8,29 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-i8, i16, i32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-f32 = ir.FloatType()
-
-
-def vector(element: ir.Type, lanes: int) -> ir.VectorType:
-    return ir.VectorType(element, lanes)
-
-
-def splat(element: ir.Type, lanes: int, value: float) -> ir.Constant:
-    return ir.Constant(vector(element, lanes), [value] * lanes)
-
-
-def shuffle(builder: ir.IRBuilder, value: ir.Value, lanes: list[int]) -> ir.Value:
-    return builder.shuffle_vector(value, value, ir.Constant(vector(i32, len(lanes)), lanes))
-
-
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    """Call an LLVM intrinsic."""
-    function_type = ir.FunctionType(result, [arg.type for arg in args])
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, function_type, name)
-    return builder.call(function, args)
+from .emit import f32, i8, i16, i32, shuffle, splat, vector
 
 
 class Generic:

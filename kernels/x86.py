@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .generic import Generic, call, f32, i8, i16, i32, splat, vector
+from .emit import call, f32, i8, i16, i32, splat, vector
+from .generic import Generic
 
 
 class AVX2(Generic):
-    """vpmaddubsw keeps `pairs` in i16, so the caller bounds how many may be added (see `simd.py`)."""
+    """vpmaddubsw keeps `pairs` in i16, so the caller bounds how many may be added (see `integers.py`)."""
 
     pairs_type = vector(i16, 16)
 
