@@ -46,6 +46,11 @@ def store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     builder.store(value, pointer(builder, address, value.type), align=1)
 
 
+def broadcast4(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """4 neighbouring bytes at an address, 8 times."""
+    return builder.bitcast(splat_value(builder, load(builder, address, i32), 8), vector(i8, 32))
+
+
 def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
     """Call an LLVM intrinsic."""
     function_type = ir.FunctionType(result, [arg.type for arg in args])

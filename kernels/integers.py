@@ -62,6 +62,18 @@ pairs_zero = operation(Pairs, lambda b: ir.Constant(vectors.lowering.pairs_type,
 pairs_add = operation(Pairs, lambda b, acc, w, y: vectors.lowering.pairs_add(b, acc, w, y))
 pairs_sum = operation(I32x8, lambda b, acc: vectors.lowering.pairs_sum(b, acc))
 
+
+def dot16(bits):
+    """Return dot(a, b, c, d, y): 8 rows times 16 columns; four byte vectors of codes below 2**bits by the
+    16 bytes of activations at address `y`.
+    """
+
+    def emit(builder, a, b, c, d, y):
+        return vectors.lowering.dot16(builder, (a, b, c, d), y, bits)
+
+    return operation(I32x8, emit)
+
+
 # --- products of words ----------------------------------------------------------------------------
 widen_i8 = operation(Words16, lambda b, v: b.sext(v, vector(i16, 16)))
 words_add = operation(I32x8, lambda b, acc, w, y: vectors.lowering.words_add(b, acc, w, y))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from . import vectors
+from . import emit, vectors
 from .emit import call, f32, i8, i16, i32, i64, load, pointer, splat, splat_value, store, vector
 from .vectors import Bytes16, Bytes32, F32x8, I32x8, Words16, operation
 
@@ -80,9 +80,7 @@ store_words16 = operation(types.void, store)
 
 # --- one element for all lanes --------------------------------------------------------------------
 broadcast_f32 = operation(F32x8, lambda b, a: splat_value(b, load(b, a, f32), 8))
-broadcast4 = operation(  # 4 neighbouring bytes of the activations, to all rows
-    Bytes32, lambda b, a: b.bitcast(splat_value(b, load(b, a, i32), 8), vector(i8, 32))
-)
+broadcast4 = operation(Bytes32, emit.broadcast4)  # of the activations, to all rows
 broadcast_pair = operation(  # two neighbouring words, to every lane of 32 bits
     Words16, lambda b, a: b.bitcast(splat_value(b, load(b, a, i32), 8), vector(i16, 16))
 )
