@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import FORMATS
-from .lanes import store_bytes16
+from .lanes import load_f16, store_bytes16
 from .planes import take_codes
 from .simd import *
 from .simd import inline
@@ -17,11 +17,6 @@ from .simd import inline
 _NUMBERS, _D, _M = 0, 256, 320  # places in scratch: i8 (256,), d f32 (16,), m f32 (16,)
 SCRATCH_NBYTES = 512
 _OFFSETS = {"q4_0": 8, "q5_0": 16, "q3_k": 4, "q6_k": 32, "mxfp4": 12}
-
-
-@inline
-def f16_at(at):
-    return first_lane(load_f16x8(at))
 
 
 @inline
@@ -33,12 +28,12 @@ def line(scratch, i, d, m):
 # --- d and m of the sub-blocks --------------------------------------------------------------------
 @inline
 def lines_d(scratch, block):
-    line(scratch, 0, f16_at(block), np.float32(0))
+    line(scratch, 0, load_f16(block), np.float32(0))
 
 
 @inline
 def lines_d_m(scratch, block):
-    line(scratch, 0, f16_at(block), f16_at(block + 2))
+    line(scratch, 0, load_f16(block), load_f16(block + 2))
 
 
 @inline
@@ -48,8 +43,8 @@ def lines_mxfp4(scratch, block):
 
 @inline
 def lines_q2_k(scratch, block):
-    d = f16_at(block + 80)
-    dmin = f16_at(block + 82)
+    d = load_f16(block + 80)
+    dmin = load_f16(block + 82)
     for i in range(16):
         both = load_u8(block + i)
         line(scratch, i, d * np.float32(both & 15), -(dmin * np.float32(both >> 4)))
@@ -57,7 +52,7 @@ def lines_q2_k(scratch, block):
 
 @inline
 def lines_q3_k(scratch, block):
-    d = f16_at(block + 108)
+    d = load_f16(block + 108)
     s = block + 96
     for i in range(16):
         low = load_u8(s + i % 8) >> 4 * (i // 8) & 15
@@ -67,8 +62,8 @@ def lines_q3_k(scratch, block):
 
 @inline
 def lines_k4(scratch, block):
-    d = f16_at(block)
-    dmin = f16_at(block + 2)
+    d = load_f16(block)
+    dmin = load_f16(block + 2)
     s = block + 4
     for j in range(4):
         sc = load_u8(s + j)
@@ -82,14 +77,14 @@ def lines_k4(scratch, block):
 
 @inline
 def lines_q6_k(scratch, block):
-    d = f16_at(block + 208)
+    d = load_f16(block + 208)
     for i in range(16):
         line(scratch, i, d * np.float32(load_i8(block + 192 + i)), np.float32(0))
 
 
 @inline
 def lines_iq4_xs(scratch, block):
-    d = f16_at(block)
+    d = load_f16(block)
     high = load_i16(block + 2)
     for i in range(8):
         low = load_u8(block + 4 + i // 2) >> 4 * (i % 2) & 15

@@ -9,20 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import FORMATS
-from .fit import CODE_BOOK, E2M1, IQ4, LINE, SIGNED, fit_line, fit_scale, fit_slope, integers, inverse, peak, to_f16
+from .fit import *
 from .lanes import *
 from .planes import put_codes
 from .simd import *
 from .simd import inline
 from .tile import *
-
-_MAX_F16 = np.float32(65519.996)  # what is larger rounds to infinity
-
-
-@inline
-def too_large(v):
-    """1 when a lane does not fit into f16."""
-    return 1 if max_lanes(absolute(v)) > _MAX_F16 else 0
 
 
 def _put_blocks(format_name):
@@ -65,7 +57,7 @@ def encode_q8_0(out, x, weights, scratch):
         for k in range(8):
             word = load_u32(scratch + CODES + 32 * block + 4 * k)
             store_i32(to + 2 + 4 * k, word ^ 0x80808080)
-    return too_large(d)
+    return exceeds(d, MAX_F16)
 
 
 def _plain_q4_0():
@@ -86,7 +78,7 @@ def _plain_q4_0():
                 word = word + truncate(minimum(v, most)) * splat_i32(1 << 8 * k)
             scatter_i32x8(scratch + CODES + i, 32, word)
         put_blocks(out, scratch)
-        return too_large(d)
+        return exceeds(d, MAX_F16)
 
     return encode
 
@@ -105,7 +97,7 @@ def _scaled(format_name, grid, trials):
         scale = inverse(to_f16(scratch + NUMBERS, d))
         put(scratch + CODES, scratch + X, scale, zero_f32x8())
         put_blocks(out, scratch)
-        return too_large(d)
+        return exceeds(d, MAX_F16)
 
     return encode
 
@@ -113,7 +105,7 @@ def _scaled(format_name, grid, trials):
 def _with_minimum(format_name, grid, trials):
     """Formats d * q + m."""
     fit = fit_line(grid, 32, trials, False)
-    refit = fit_slope(grid, 32)
+    add_up = sums(grid, 32)
     put = put_lanes(grid, 32)
     put_blocks = _put_blocks(format_name)
 
@@ -122,11 +114,13 @@ def _with_minimum(format_name, grid, trials):
         load_weights(scratch, weights, 32)
         d, m = fit(scratch + X, scratch + W)
         m = to_f16(scratch + NUMBERS + 16, m)
-        d = refit(scratch + X, scratch + W, d, m)
+        # d anew, for m as it will be read
+        qx, qq = add_up(scratch + X, scratch + W, inverse(d), m)
+        d = qx * inverse(qq)
         scale = inverse(to_f16(scratch + NUMBERS, d))
         put(scratch + CODES, scratch + X, scale, m)
         put_blocks(out, scratch)
-        return too_large(d) | too_large(m)
+        return exceeds(d, MAX_F16) | exceeds(m, MAX_F16)
 
     return encode
 
@@ -135,7 +129,7 @@ def _mxfp4():
     """Formats with a power of two for a scale: three of them are tried."""
     put = put_lanes(E2M1, 32)
     put_planes = put_codes("mxfp4")
-    nearest = E2M1.nearest
+    lose = loss(E2M1, 32)
 
     @inline
     def encode(out, x, weights, scratch):
@@ -148,14 +142,9 @@ def _mxfp4():
             e = maximum(e, zero_f32x8())
             store_rounded_i8x8(scratch + NUMBERS, e)
             d = load_e8m0x8(scratch + NUMBERS)
-            scale = inverse(d)
-            loss = zero_f32x8()
-            for i in range(32):
-                v = load_f32x8(scratch + X + 32 * i)
-                rest = v - d * nearest(v * scale)
-                loss = loss + load_f32x8(scratch + W + 32 * i) * rest * rest
-            best_e = where_greater(least, loss, e, best_e)
-            least = minimum(least, loss)
+            lost = lose(scratch + X, scratch + W, d, zero_f32x8())
+            best_e = where_greater(least, lost, e, best_e)
+            least = minimum(least, lost)
             e = e + splat_f32(np.float32(1.0))
         store_rounded_i8x8(scratch + NUMBERS, best_e)
         scale = inverse(load_e8m0x8(scratch + NUMBERS))
@@ -192,14 +181,17 @@ def encode_f16(out, x, weights, scratch):
         v = load_f32x8(x + 4 * i)
         largest = maximum(largest, absolute(v))
         store_f16x8(out + 2 * i, v)
-    return too_large(largest)
+    return exceeds(largest, MAX_F16)
 
 
 @inline
 def encode_bf16(out, x, weights, scratch):
+    largest = zero_f32x8()
     for i in range(0, TILE, 8):
-        store_bf16x8(out + 2 * i, load_f32x8(x + 4 * i))
-    return 0
+        v = load_f32x8(x + 4 * i)
+        largest = maximum(largest, absolute(v))
+        store_bf16x8(out + 2 * i, v)
+    return exceeds(largest, MAX_BF16)
 
 
 def encode(format_name):
@@ -226,4 +218,3 @@ def encode(format_name):
             one = _searching(_with_minimum("q5_1", integers(0, 31), LINE))
     format_ = FORMATS[format_name]
     return over_tiles(one, format_.n_weights, format_.nbytes)
-

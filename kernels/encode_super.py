@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import FORMATS
-from .fit import CODE_BOOK, COARSE_LINE, IQ4, LINE, SIGNED, fit_line, fit_scale, integers, inverse, to_f16
+from .fit import *
 from .lanes import *
 from .planes import put_codes
 from .simd import *
@@ -20,7 +20,6 @@ from .tile import *
 _ROUNDS = 3
 # In scratch behind the codes, f32 (16,) each: what sub-blocks would like, what they get, the best yet.
 S, M, SC, MC, BEST_SC, BEST_MC, HALF = (NUMBERS + 64 * i for i in range(7))
-_MAX_F16 = np.float32(65519.996)
 
 
 @inline
@@ -53,36 +52,21 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
     fit = fit_scale(grid, n, trials)
     put = put_lanes(grid, n)
     put_planes = put_codes(format_name)
-    nearest = grid.nearest
+    add_up, lose = sums(grid, n), loss(grid, n)
     nearest_sc = integers(sc_low, sc_high).nearest
 
     @inline
     def choose(x, w, wanted, d):
-        """Integers near wanted / d: (sc, loss, sum w sc q x, sum w sc^2 q^2) per lane."""
+        """The integer near wanted / d that loses least, and its loss."""
         middle = nearest_sc(wanted * inverse(d))
         best = middle
         least = splat_f32(np.float32(3e38))
         for i in range(-1, 2):
             sc = nearest_sc(middle + splat_f32(np.float32(i)))
-            scale = d * sc
-            to_q = inverse(scale)
-            loss = zero_f32x8()
-            for k in range(n):
-                v = load_f32x8(x + 32 * k)
-                rest = v - scale * nearest(v * to_q)
-                loss = loss + load_f32x8(w + 32 * k) * rest * rest
-            best = where_greater(least, loss, sc, best)
-            least = minimum(least, loss)
-        to_q = inverse(d * best)
-        qx = zero_f32x8()
-        qq = zero_f32x8()
-        for k in range(n):
-            v = load_f32x8(x + 32 * k)
-            q = nearest(v * to_q)
-            wq = load_f32x8(w + 32 * k) * q
-            qx = qx + wq * v
-            qq = qq + wq * q
-        return best, least, qx * best, qq * best * best
+            lost = lose(x, w, d * sc, zero_f32x8())
+            best = where_greater(least, lost, sc, best)
+            least = minimum(least, lost)
+        return best, least
 
     @inline
     def encode(out, x, weights, scratch):
@@ -92,22 +76,23 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
             at = 32 * n * g
             store_f32x8(scratch + S + 32 * g, fit(scratch + X + at, scratch + W + at))
         d = largest_of(scratch + S, n_subs) / np.float32(sc_low)
-        too_large = 1 if abs(d) > _MAX_F16 else 0
+        too_large = 1 if abs(d) > MAX_F16 else 0
         best_d = np.float32(0)
         least = np.float32(3e38)
         for _ in range(_ROUNDS):
             d = as_f16(scratch, d)
-            loss = qx = qq = np.float32(0)
+            lost = qx = qq = np.float32(0)
             for g in range(n_subs // 8):
-                at = 32 * n * g
-                wanted = load_f32x8(scratch + S + 32 * g)
-                sc, lost, qx8, qq8 = choose(scratch + X + at, scratch + W + at, wanted, splat_f32(d))
+                xg = scratch + X + 32 * n * g
+                wg = scratch + W + 32 * n * g
+                sc, lost8 = choose(xg, wg, load_f32x8(scratch + S + 32 * g), splat_f32(d))
                 store_f32x8(scratch + SC + 32 * g, sc)
-                loss += sum_lanes(lost)
-                qx += sum_lanes(qx8)
-                qq += sum_lanes(qq8)
-            if loss < least:
-                least = loss
+                qx8, qq8 = add_up(xg, wg, inverse(splat_f32(d) * sc), zero_f32x8())
+                lost += sum_lanes(lost8)
+                qx += sum_lanes(qx8 * sc)
+                qq += sum_lanes(qq8 * sc * sc)
+            if lost < least:
+                least = lost
                 best_d = d
                 keep_best(scratch)
             d = qx / qq if qq > np.float32(1e-30) else d
@@ -168,17 +153,8 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
     put = put_lanes(grid, n)
     put_planes = put_codes(format_name)
     nearest = grid.nearest
+    lose = loss(grid, n)
     nearest_sc = integers(0, sc_high).nearest
-
-    @inline
-    def loss_of(x, w, scale, m):
-        to_q = inverse(scale)
-        loss = zero_f32x8()
-        for k in range(n):
-            v = load_f32x8(x + 32 * k)
-            rest = (v + m) - scale * nearest((v + m) * to_q)
-            loss = loss + load_f32x8(w + 32 * k) * rest * rest
-        return loss
 
     @inline
     def sums_of(x, w, scale, m):
@@ -210,10 +186,10 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
             scale = d * sc
             q1, _, _ = sums_of(x, w, scale, dmin * first_m)
             m = nearest_sc((scale * q1 - wx) * inverse(ww) * to_m)
-            loss = loss_of(x, w, scale, dmin * m)
-            best = where_greater(least, loss, sc, best)
-            best_m = where_greater(least, loss, m, best_m)
-            least = minimum(least, loss)
+            lost = lose(x, w, scale, zero_f32x8() - dmin * m)
+            best = where_greater(least, lost, sc, best)
+            best_m = where_greater(least, lost, m, best_m)
+            least = minimum(least, lost)
         return best, best_m, least
 
     @inline
@@ -227,13 +203,13 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
             store_f32x8(scratch + M + 32 * g, zero_f32x8() - m)
         d = largest_of(scratch + S, n_subs) / np.float32(sc_high)
         dmin = largest_of(scratch + M, n_subs) / np.float32(sc_high)
-        too_large = 1 if max(d, dmin) > _MAX_F16 else 0
+        too_large = 1 if max(d, dmin) > MAX_F16 else 0
         best_d = best_dmin = np.float32(0)
         least = np.float32(3e38)
         for _ in range(_ROUNDS):
             d = as_f16(scratch, d)
             dmin = as_f16(scratch, dmin)
-            loss = np.float32(0)
+            lost = np.float32(0)
             aa = ab = bb = ax = bx = np.float32(0)  # of x ~ d * a - dmin * b
             for g in range(n_subs // 8):
                 xg = scratch + X + 32 * n * g
@@ -244,21 +220,21 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
                     v = load_f32x8(wg + 32 * k)
                     ww = ww + v
                     wx = wx + v * load_f32x8(xg + 32 * k)
-                sc, m, lost = choose(
+                sc, m, lost8 = choose(
                     xg, wg, load_f32x8(scratch + S + 32 * g), load_f32x8(scratch + M + 32 * g),
                     splat_f32(d), splat_f32(dmin), ww, wx,
                 )  # fmt: skip
                 q1, qq, qx = sums_of(xg, wg, splat_f32(d) * sc, splat_f32(dmin) * m)
                 store_f32x8(scratch + SC + 32 * g, sc)
                 store_f32x8(scratch + MC + 32 * g, m)
-                loss += sum_lanes(lost)
+                lost += sum_lanes(lost8)
                 aa += sum_lanes(qq * sc * sc)
                 ab += sum_lanes(q1 * sc * m)
                 bb += sum_lanes(ww * m * m)
                 ax += sum_lanes(qx * sc)
                 bx += sum_lanes(wx * m)
-            if loss < least:
-                least = loss
+            if lost < least:
+                least = lost
                 best_d = d
                 best_dmin = dmin
                 keep_best(scratch)
@@ -324,4 +300,3 @@ def encode(format_name):
         case "iq4_xs":
             one = _signed("iq4_xs", IQ4, 32, CODE_BOOK, -32, 31, head_iq4_xs)
     return over_tiles(one, 256, FORMATS[format_name].nbytes)
-

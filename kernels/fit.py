@@ -1,9 +1,9 @@
 """Scales that lose least: per lane, min over d, q (and m) of sum w * (x - d * q - m)^2.
 
 Blocks lie side by side: element i of eight of them at x + 32 i, its weight at w + 32 i.  A `Grid` says
-which numbers q may be.  Some scales around the one that reaches the largest element are tried, each
-judged by the best d (and m) for the q it leads to; the best then alternates between q given d, m and
-d, m given q (least squares).
+which numbers q may be.  The search starts from some scales around the one that reaches the largest
+element; from each it goes to q given d (and m), then to d (and m) given q by least squares, and again.
+The loss has many local minima: starting often helps, and so does going on from every start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .simd import *
 from .simd import inline
 
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds |v| < 2^22 to nearest even
+MAX_F16 = np.float32(65519.996)  # what is larger rounds to infinity
+MAX_BF16 = np.float32(3.3961774e38)
 
 
 class Grid(NamedTuple):
@@ -51,7 +53,7 @@ E2M1 = Grid(-12, 12, nearest_e2m1, e2m1_code)
 @inline
 def inverse(v):
     """1 / v, and 0 where that would be infinite or v is 0."""
-    tiny = splat_f32(np.float32(1e-37))
+    tiny = splat_f32(np.float32(3e-39))
     return where_greater(absolute(v), tiny, divide(splat_f32(np.float32(1.0)), v), zero_f32x8())
 
 
@@ -60,6 +62,12 @@ def to_f16(at, v):
     """Round to f16 and back; the bits stay at `at` (16 bytes)."""
     store_f16x8(at, v)
     return load_f16x8(at)
+
+
+@inline
+def exceeds(v, limit):
+    """1 when the magnitude of a lane does, otherwise 0."""
+    return 1 if max_lanes(absolute(v)) > limit else 0
 
 
 @inline
@@ -75,37 +83,65 @@ def peak(x, n):
 
 
 class Trials(NamedTuple):
-    """How far beyond the ends of the grid the largest element is put: `first`, first + `step` ..."""
+    """How far beyond the ends of the grid the largest element is put: `first`, first + `step` ...
+
+    From each of the `count` trials, least squares runs `rounds` times.
+    """
 
     first: float
     step: float
     count: int
+    rounds: int
 
 
-SIGNED = Trials(-0.9, 0.3, 7)
-LINE = Trials(-1.4, 0.5, 9)
-COARSE_LINE = Trials(-1.1, 0.25, 11)  # two bits
-CODE_BOOK = Trials(-20.0, 4.0, 9)
+SIGNED = Trials(-0.9, 0.3, 7, 2)
+LINE = Trials(-1.4, 0.4, 11, 3)
+COARSE_LINE = Trials(-1.1, 0.2, 14, 3)  # two bits
+CODE_BOOK = Trials(-20.0, 5.0, 7, 2)
 
 
-def fit_scale(grid, n, trials):
-    """Return fit(x, w): d f32 per lane, for x ~ d * q."""
+def sums(grid, n):
+    """Return sums(x, w, scale, m): of w q (x - m) and of w q^2, for the q nearest to (x - m) * scale."""
     nearest = grid.nearest
-    low, high = np.float32(grid.low), np.float32(grid.high)
-    first, step, count = np.float32(trials.first), np.float32(trials.step), trials.count
 
     @inline
-    def sums(x, w, scale):
+    def add_up(x, w, scale, m):
         qx = zero_f32x8()
         qq = zero_f32x8()
         for i in range(n):
-            v = load_f32x8(x + 32 * i)
+            v = load_f32x8(x + 32 * i) - m
             q = nearest(v * scale)
             wq = load_f32x8(w + 32 * i) * q
             qx = qx + wq * v
             qq = qq + wq * q
-        ratio = qx * inverse(qq)
-        return ratio, ratio * qx
+        return qx, qq
+
+    return add_up
+
+
+def loss(grid, n):
+    """Return loss(x, w, d, m): the sum of w (x - m - d q)^2 for the nearest q."""
+    nearest = grid.nearest
+
+    @inline
+    def add_up(x, w, d, m):
+        scale = inverse(d)
+        total = zero_f32x8()
+        for i in range(n):
+            v = load_f32x8(x + 32 * i) - m
+            rest = v - d * nearest(v * scale)
+            total = total + load_f32x8(w + 32 * i) * rest * rest
+        return total
+
+    return add_up
+
+
+def fit_scale(grid, n, trials):
+    """Return fit(x, w): d f32 per lane, for x ~ d * q."""
+    add_up = sums(grid, n)
+    low, high = np.float32(grid.low), np.float32(grid.high)
+    first, step = np.float32(trials.first), np.float32(trials.step)
+    count, rounds = trials.count, trials.rounds
 
     @inline
     def fit(x, w):
@@ -115,13 +151,14 @@ def fit_scale(grid, n, trials):
         for i in range(2 * count):
             beyond = first + step * np.float32(i // 2)
             end = low - beyond if i % 2 == 0 else high + beyond
-            ratio, gain = sums(x, w, to_one * splat_f32(end))
-            d = where_greater(gain, best, ratio, d)
-            best = maximum(gain, best)
-        for _ in range(2):
-            ratio, gain = sums(x, w, inverse(d))
-            d = where_greater(gain, best, ratio, d)
-            best = maximum(gain, best)
+            scale = to_one * splat_f32(end)
+            for _ in range(rounds):
+                qx, qq = add_up(x, w, scale, zero_f32x8())
+                ratio = qx * inverse(qq)
+                gain = ratio * qx
+                d = where_greater(gain, best, ratio, d)
+                best = maximum(gain, best)
+                scale = inverse(ratio)
         return d
 
     return fit
@@ -131,11 +168,12 @@ def fit_line(grid, n, trials, m_below_zero):
     """Return fit(x, w): d and m f32 per lane, for x ~ d * q + m. `m_below_zero`: m may not exceed 0."""
     nearest = grid.nearest
     high_q = np.float32(grid.high)
-    first, step, count = np.float32(trials.first), np.float32(trials.step), trials.count
+    first, step = np.float32(trials.first), np.float32(trials.step)
+    count, rounds = trials.count, trials.rounds
 
     @inline
-    def improve(x, w, base, scale, offset, ww, wx, state):
-        """Line for the q at (x - base - offset) * scale, if it gains on that of `state`."""
+    def line(x, w, base, scale, offset, ww, wx):
+        """d, m and what they gain, for the q nearest to (x - base - offset) * scale."""
         q1 = zero_f32x8()
         qq = zero_f32x8()
         qx = zero_f32x8()
@@ -160,11 +198,7 @@ def fit_line(grid, n, trials, m_below_zero):
             m = minimum(m, top)
         two = splat_f32(np.float32(2.0))
         gain = d * (two * (qx - m * q1) - d * qq) + m * (two * wx - m * ww)
-        return (
-            where_greater(gain, state[0], d, state[1]),
-            where_greater(gain, state[0], m, state[2]),
-            maximum(gain, state[0]),
-        )
+        return d, m, gain
 
     @inline
     def fit(x, w):
@@ -185,36 +219,19 @@ def fit_line(grid, n, trials, m_below_zero):
         to_one = inverse(high - low)
         d = zero_f32x8()
         m = zero_f32x8()
-        gain = zero_f32x8()
+        best = zero_f32x8()
         if not m_below_zero:  # constant blocks
             m = wx * inverse(ww)
-            gain = m * wx
+            best = m * wx
         for i in range(count):
             scale = to_one * splat_f32(high_q + (first + step * np.float32(i)))
-            d, m, gain = improve(x, w, low, scale, zero_f32x8(), ww, wx, (gain, d, m))
-        for _ in range(2):
-            d, m, gain = improve(x, w, low, inverse(d), m, ww, wx, (gain, d, m))
+            offset = zero_f32x8()
+            for _ in range(rounds):
+                slope, offset, gain = line(x, w, low, scale, offset, ww, wx)
+                d = where_greater(gain, best, slope, d)
+                m = where_greater(gain, best, offset, m)
+                best = maximum(gain, best)
+                scale = inverse(slope)
         return d, low + m
 
     return fit
-
-
-def fit_slope(grid, n):
-    """Return fit(x, w, d, m): the best d for the q that d and m lead to, and for m as it will be read."""
-    nearest = grid.nearest
-
-    @inline
-    def fit(x, w, d, m):
-        scale = inverse(d)
-        qx = zero_f32x8()
-        qq = zero_f32x8()
-        for i in range(n):
-            v = load_f32x8(x + 32 * i) - m
-            q = nearest(v * scale)
-            wq = load_f32x8(w + 32 * i) * q
-            qx = qx + wq * v
-            qq = qq + wq * q
-        return qx * inverse(qq)
-
-    return fit
-

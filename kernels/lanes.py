@@ -6,11 +6,23 @@ multiply-add, so that a file comes out the same on every CPU.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from llvmlite import ir
 from numba import types
 
-from .generic import f32, i32, splat, vector
+from . import simd
+from .generic import f32, i16, i32, splat, vector
 from .simd import _E2M1, _IQ4, F32x8, I32x8, _load, _op1, _op2, _op3, _op4, _store, i64
+
+
+def _load_f16(builder, address):
+    zeros = ir.Constant(vector(i16, 8), None)
+    bits = builder.insert_element(zeros, _load(builder, address, i16), i32(0))
+    return builder.extract_element(simd.lowering.f16_to_f32(builder, bits), i32(0))
+
+
+load_f16 = _op1(types.float32, _load_f16)
 
 
 def _each_lane(builder, address, stride):
@@ -54,13 +66,13 @@ def _to_bf16(builder, value):
     bits = builder.bitcast(value, vector(i32, 8))
     odd = builder.and_(builder.lshr(bits, splat(i32, 8, 16)), splat(i32, 8, 1))
     rounded = builder.add(bits, builder.add(odd, splat(i32, 8, 0x7FFF)))
-    return builder.trunc(builder.lshr(rounded, splat(i32, 8, 16)), vector(ir.IntType(16), 8))
+    return builder.trunc(builder.lshr(rounded, splat(i32, 8, 16)), vector(i16, 8))
 
 
 # --- code books -----------------------------------------------------------------------------------
 def _steps(builder, values, v):
     """(v lies beyond the middle of the two, lower, upper) for neighbours of a sorted code book."""
-    for lower, upper in zip(values, values[1:], strict=False):
+    for lower, upper in pairwise(values):
         middle = splat(f32, 8, (lower + upper) / 2)
         yield builder.fcmp_ordered(">", v, middle), lower, upper
 

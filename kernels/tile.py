@@ -14,7 +14,9 @@ from .simd import inline
 
 TILE = 256
 X, W, CODES, NUMBERS, PADDED, BLOCKS = 0, 1024, 2048, 2304, 3072, 4096  # places in scratch
-SCRATCH_NBYTES = 5120
+_MAX_X = np.float32(
+    1e12
+)  # squares of what is larger overflow, and no block with f16 scales holds it
 
 
 @inline
@@ -24,6 +26,14 @@ def is_finite_tile(x):
     for i in range(0, 4 * TILE, 32):
         total = total + load_f32x8(x + i) * zero_f32x8()
     return 1 if sum_lanes(total) == np.float32(0) else 0
+
+
+@inline
+def largest_of_tile(x):
+    largest = zero_f32x8()
+    for i in range(0, 4 * TILE, 32):
+        largest = maximum(absolute(load_f32x8(x + i)), largest)
+    return max_lanes(largest)
 
 
 @inline
@@ -37,12 +47,22 @@ def side_by_side(to, x, n):
 
 @inline
 def load_weights(scratch, weights, n):
-    """Importance side by side, or ones."""
+    """Importance side by side; without it a weight counts by its size, as |x| + the mean of its block.
+
+    That loses slightly more than counting all alike would, and moves a model less: mean KL on
+    SmolLM2-135M is 0.168 instead of 0.201 (iq4_nl), 0.204 instead of 0.229 (q3_k), 0.083 instead of
+    0.085 (q5_0).  Beside importance it does not help (q5_0: 0.050 instead of 0.045).
+    """
     if weights != 0:
         side_by_side(scratch + W, weights, n)
-    else:
-        for i in range(0, 4 * TILE, 32):
-            store_f32x8(scratch + W + i, splat_f32(np.float32(1.0)))
+        return
+    for group in range(0, 4 * TILE, 32 * n):
+        total = zero_f32x8()
+        for i in range(group, group + 32 * n, 32):
+            total = total + absolute(load_f32x8(scratch + X + i))
+        mean = total * splat_f32(np.float32(1 / n))
+        for i in range(group, group + 32 * n, 32):
+            store_f32x8(scratch + W + i, mean + absolute(load_f32x8(scratch + X + i)))
 
 
 def put_lanes(grid, n):
@@ -64,9 +84,9 @@ def put_lanes(grid, n):
 def over_tiles(encode, n_weights_block, block_nbytes):
     """Return the operation that encodes `n_weights` f32 at `x`, in parts of `per_part` tiles.
 
-    `importance` f32 (n_cols + 256,) repeats itself past the end of a row; 0: all weigh the same, as the
-    format's plain rounding sees it.  `failures` i64 (2,) counts tiles that hold a NaN or an infinity and
-    scales that f16 cannot hold.
+    `encode(to, x, weights, scratch)` does one tile and returns 1 where a scale is beyond f16.
+    `importance` f32 (n_cols + 256,) repeats itself past the end of a row; 0: there is none.
+    `failures` i64 (2,) counts tiles that hold a NaN or an infinity, and tiles with too large numbers.
     """
     tile_nbytes = TILE // n_weights_block * block_nbytes
 
@@ -93,7 +113,10 @@ def over_tiles(encode, n_weights_block, block_nbytes):
             weights = importance
             if importance != 0:
                 weights += 4 * (tile * TILE % n_cols)
-            n_too_large += encode(to, source, weights, scratch)
+            failed = encode(to, source, weights, scratch)
+            if n_weights_block > 1 and largest_of_tile(source) > _MAX_X:
+                failed = 1
+            n_too_large += failed
             if n < TILE:
                 for i in range(n // n_weights_block * block_nbytes):
                     store_i8(out + tile * tile_nbytes + i, load_u8(to + i))
