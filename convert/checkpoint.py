@@ -47,10 +47,13 @@ class SourceTensor(ABC):
         stop = self.n_rows if stop is None else stop
         if not 0 <= start <= stop <= self.n_rows:
             raise ValueError(f"rows {start} to {stop} of {self.name!r}, which has {self.n_rows}")
+        if start == stop:
+            return np.empty((0, *self.shape[1:]), np.float32)
         return self._read(start, stop)
 
     @abstractmethod
-    def _read(self, start: int, stop: int) -> np.ndarray: ...
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, at least one, as `read` returns them."""
 
 
 class Checkpoint:

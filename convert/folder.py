@@ -14,7 +14,7 @@ from edgellama.gguf.cursor import Part
 
 from .checkpoint import SourceTensor
 
-MAX_JSON_NBYTES = 100_000_000
+MAX_JSON_NBYTES = 1 << 26  # parsed, it may take twenty times as much
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -42,11 +42,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Return a JSON object: UTF-8, no key twice, no NaN, not too deep.  Raises: ModelFileError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
-            raise ValueError(f"the key {shown(twice)} appears twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {shown(key)} appears twice")
+            found[key] = value
         return found
 
     def constant(name: str) -> None:

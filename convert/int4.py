@@ -15,6 +15,7 @@ n is 32 / bits.  GPTQ counts places in a word from the lowest bits; AWQ has them
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ import numpy as np
 from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 
 from .checkpoint import SourceTensor
-from .stored import StoredTensor
+from .stored import StoredTensor, to_float32
 
-_AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the place in a word of outputs 0 to 7
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word, of outputs 0 to 7
 _NOTHING = np.uint32(0)
 
 
 class PackedTensor(SourceTensor):
-    """`X.weight` (out, in) of a packed matrix; columns of the packed tensors are its rows."""
+    """`X.weight` (out, in) of a packed matrix: its rows are columns of the packed tensors."""
 
     def __init__(
         self,
@@ -68,17 +69,19 @@ class PackedTensor(SourceTensor):
             )
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        zeros = self._outputs(self.qzeros, start, stop, self.zero_offset)  # (rows, groups)
-        scales = self.scales.transposed().read(start, stop)  # (rows, groups)
+        """As the file has it, inputs by outputs; turned at the end."""
+        zeros = self._outputs(self.qzeros, start, stop, self.zero_offset)  # (groups, outputs)
+        scales = to_float32(self.scales.columns(start, stop), self.scales.dtype)
         if self.is_awq:
-            q = self._outputs(self.qweight, start, stop)
+            weight = self._outputs(self.qweight, start, stop)
         else:
-            q = self._places(self.qweight.transposed().raw(start, stop)).reshape(-1, self.shape[1])
+            words = self.qweight.columns(start, stop)
+            weight = self._unpacked(words, range(32 // self.bits)).swapaxes(0, 1)
+            weight = weight.reshape(-1, stop - start)
         group = self._groups()
-        out = q.astype(np.float32)
-        out -= zeros.astype(np.float32)[:, group]
-        out *= scales[:, group]
-        return out
+        weight -= zeros[group]
+        weight *= scales[group]
+        return np.ascontiguousarray(weight.T)
 
     def _groups(self) -> np.ndarray:
         """The group of each input, (in,)."""
@@ -97,22 +100,21 @@ class PackedTensor(SourceTensor):
             )
         return group
 
-    def _places(self, words: np.ndarray) -> np.ndarray:
-        """The numbers in each word, u32 (..., 32 / bits), lowest bits first."""
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        return words.view("<u4")[..., None] >> shifts & np.uint32((1 << self.bits) - 1)
-
     def _outputs(
         self, packed: StoredTensor, start: int, stop: int, add: np.uint32 = _NOTHING
     ) -> np.ndarray:
-        """Outputs `start` to `stop` of a tensor that packs outputs, u32 (stop - start, its rows)."""
+        """Columns `start` to `stop` of a tensor that packs outputs, f32 (its rows, stop - start)."""
         n = 32 // self.bits
-        words = packed.transposed().raw(start // n, -(-stop // n)).view("<u4") + add
-        places = self._places(words)  # (words, rows, n)
-        if self.is_awq:
-            places = places[..., _AWQ_ORDER]
-        outputs = places.transpose(0, 2, 1).reshape(-1, packed.shape[0])
-        return outputs[start % n :][: stop - start]
+        words = packed.columns(start // n, -(-stop // n)).view("<u4") + add
+        places = _AWQ_PLACES if self.is_awq else range(n)
+        numbers = np.moveaxis(self._unpacked(words, places), 0, -1).reshape(len(words), -1)
+        return numbers[:, start % n :][:, : stop - start]
+
+    def _unpacked(self, words: np.ndarray, places: Iterable[int]) -> np.ndarray:
+        """The numbers at places of each word, f32 (places, *words.shape); 0 is the lowest bits."""
+        words, mask = words.view("<u4"), np.uint32((1 << self.bits) - 1)
+        numbers = [words >> np.uint32(self.bits * place) & mask for place in places]
+        return np.stack(numbers, dtype=np.float32, casting="same_kind")
 
 
 def unpack_gptq(tensors: dict[str, SourceTensor], how: dict[str, Any]) -> dict[str, SourceTensor]:
@@ -156,9 +158,9 @@ def _unpacked(
 ) -> dict[str, SourceTensor]:
     out = dict(tensors)
     for name in tensors:
-        base, found, _ = name.rpartition(".qweight")
-        if not found or not name.endswith(".qweight"):
+        if not name.endswith(".qweight"):
             continue
+        base = name.removesuffix(".qweight")
         parts = {}
         for suffix in ("qweight", *suffixes):
             part = out.pop(f"{base}.{suffix}", None)

@@ -50,7 +50,7 @@ class JoinedTensor(SourceTensor):
             if a < b:
                 rows.append(part.read(a, b))
             first += part.n_rows
-        return np.concatenate(rows) if rows else self.parts[0].read(0, 0)
+        return np.concatenate(rows)
 
 
 def read_meta(

@@ -91,7 +91,7 @@ class ScaledTensor(SourceTensor):
         if not self.scale.shape:
             return values * self.scale.read()
         first, last = start // rows, -(-stop // rows)
-        scales = self.scale.read(first, max(first, last))  # (blocks of rows, blocks of columns)
+        scales = self.scale.read(first, last)  # (blocks of rows, blocks of columns)
         scales = scales[np.arange(start, stop) // rows - first]
         if cols:
             return values * np.repeat(scales, cols, axis=1)[:, : self.shape[1]]

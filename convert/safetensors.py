@@ -19,10 +19,9 @@ from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf.cursor import Part
 
 from .checkpoint import SourceTensor
-from .folder import parse_json
+from .folder import MAX_JSON_NBYTES, parse_json
 from .stored import ELEMENTS, StoredTensor
 
-MAX_HEADER_NBYTES = 100_000_000
 MAX_DIMS = 32
 _MAX_ELEMENTS = (1 << 63) - 1
 _UNREAD = ("F4", "F6_E2M3", "F6_E3M2", "C64")
@@ -38,10 +37,10 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
         )
     part.read(length, 0, "the length of the header")
     n = int.from_bytes(length.tobytes(), "little")
-    if n > MAX_HEADER_NBYTES or n > part.size - 8:
+    if n > MAX_JSON_NBYTES or n > part.size - 8:
         raise ModelFileError(
             f"{path.name} claims a header of {n} bytes; {part.size - 8} are there and at most "
-            f"{MAX_HEADER_NBYTES} are allowed: the file is cut off or damaged"
+            f"{MAX_JSON_NBYTES} are allowed: the file is cut off or damaged"
         )
     header = np.empty(n, np.uint8)
     part.read(header, 8, "the header")

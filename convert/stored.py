@@ -10,6 +10,7 @@ from math import prod
 
 import numpy as np
 
+from edgellama.errors import shown
 from edgellama.gguf.cursor import Part
 
 from .checkpoint import SourceTensor
@@ -73,10 +74,12 @@ class StoredTensor(SourceTensor):
         self.strides = c_strides(shape) if strides is None else strides
         self.nbytes = prod(shape) * ELEMENTS[dtype].itemsize
 
-    def transposed(self) -> StoredTensor:
-        """The same elements with the axes in reverse, so that columns can be read as rows."""
-        return StoredTensor(
-            self.part, self.name, self.dtype, self.shape[::-1], self.offset, self.strides[::-1]
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        """Return columns of a matrix as they are stored; nothing else is read."""
+        n_rows, step = self.shape[0], self.strides[1] * ELEMENTS[self.dtype].itemsize
+        at, shape = self.offset + start * step, (n_rows, stop - start)
+        return StoredTensor(self.part, self.name, self.dtype, shape, at, self.strides).raw(
+            0, n_rows
         )
 
     def _read(self, start: int, stop: int) -> np.ndarray:
@@ -92,7 +95,7 @@ class StoredTensor(SourceTensor):
         return out
 
     def _fill(self, out: np.ndarray, at: int) -> None:
-        what = f"tensor {self.name!r}"
+        what = f"tensor {shown(self.name)}"
         # An axis of one element has no stride to speak of.
         axes = [i for i, n in enumerate(out.shape) if n > 1]
         strides = [self.strides[i] for i in axes]

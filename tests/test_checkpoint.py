@@ -86,6 +86,23 @@ def test_gguf_of_any_type(tmp_path, format_name):
             np.testing.assert_array_equal(tensor.read(3, 7), expected[3:7])
 
 
+def test_gguf_vectors_of_blocks(tmp_path):
+    """Elements of a vector are its rows, and no whole blocks."""
+    import gguf
+
+    raw = RNG.integers(0, 100, 3 * 34, dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("v", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
+    tensor = open_checkpoint(tmp_path / "m.gguf").tensors["v"]
+    for start, stop in ((0, None), (0, 0), (5, 40), (64, 65), (95, 96)):
+        np.testing.assert_array_equal(tensor.read(start, stop), expected[start:stop])
+
+
 # --- Meta -----------------------------------------------------------------------------------------
 D, F, V = 8, 12, 16
 
