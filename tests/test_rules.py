@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_gguf import make_model
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -77,6 +78,22 @@ def best_s(*code: str) -> float:
         subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def test_run_imports_only_what_it_needs(tmp_path):
+    """Each of these takes 10 ms or more of a start."""
+    model = make_model(tmp_path / "m.gguf")
+    check = (
+        "import sys; from edgellama.cli import main\n"
+        f"sys.argv = ['edgellama', 'run', {str(model)!r}, *'--raw -p x -n 1 --temp 0'.split()]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "bad = {'concurrent.futures', 'jinja2', 'llvmlite', 'logging', 'numba', 'numpy.random', "
+        "'rich', 'sentencepiece'} & set(sys.modules)\n"
+        "assert not bad, bad\n"
+        "assert 'edgellama.runtime.engine' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_import_and_help_are_light():
