@@ -17,7 +17,7 @@ from .encoder import Encoder
 from .families import Plan, PlannedTensor, plan
 from .quantize import check_importance, type_metadata, wide_groups
 from .recipes import Choices, choose_formats, find_recipe
-from .vocabulary import read_json, read_vocabulary, sampling_defaults
+from .vocabulary import read_settings, read_vocabulary, sampling_defaults
 from .write import Source, TensorReport, write_model
 
 # Formats that hold what a checkpoint's types hold; vectors are always f32.
@@ -45,26 +45,25 @@ def convert(
     ModelFileError; UsageError; OSError.
     """
     _, recipe = find_recipe(type_name)
-    with checkpoint:
-        planned = plan(checkpoint)
-        folder = tokenizer or checkpoint.folder
-        if folder is None:
-            raise UsageError(f"{checkpoint.kind} holds no tokenizer; name its folder: --tokenizer")
-        sources = [_source(tensor, checkpoint) for tensor in planned.tensors]
-        check_importance(importance or {}, sources)
-        metadata = _metadata(planned, checkpoint, folder, name or folder.resolve().name)
-        metadata |= type_metadata(recipe.file_type)
-        if importance:
-            metadata["quantize.imatrix.file"] = importance_file
-            metadata["quantize.imatrix.entries_count"] = len(importance)
-        tensors = choose_formats(
-            [s.tensor for s in sources], recipe, choices,
-            wide_groups=wide_groups(metadata), importance=importance or (),
-        )  # fmt: skip
-        return write_model(
-            out, metadata, sources, [t.format for t in tensors], encoder,
-            importance=importance, measure=measure, force=force,
-        )  # fmt: skip
+    planned = plan(checkpoint)
+    folder = tokenizer or checkpoint.folder
+    if folder is None:
+        raise UsageError(f"{checkpoint.kind} holds no tokenizer; name its folder: --tokenizer")
+    sources = [_source(tensor, checkpoint) for tensor in planned.tensors]
+    check_importance(importance or {}, sources)
+    metadata = _metadata(planned, checkpoint, folder, name or folder.resolve().name)
+    metadata |= type_metadata(recipe.file_type)
+    if importance:
+        metadata["quantize.imatrix.file"] = importance_file
+        metadata["quantize.imatrix.entries_count"] = len(importance)
+    tensors = choose_formats(
+        [s.tensor for s in sources], recipe, choices,
+        wide_groups=wide_groups(metadata), importance=importance or (),
+    )  # fmt: skip
+    return write_model(
+        out, metadata, sources, [t.format for t in tensors], encoder,
+        importance=importance, measure=measure, force=force,
+    )  # fmt: skip
 
 
 def _source(tensor: PlannedTensor, checkpoint: Checkpoint) -> Source:
@@ -81,5 +80,5 @@ def _metadata(plan: Plan, checkpoint: Checkpoint, folder: Path, name: str) -> di
     n_vocab = next(t.shape[0] for t in plan.tensors if t.name == "token_embd.weight")
     out: dict[str, Any] = {"general.architecture": plan.architecture, "general.type": "model"}
     out |= {"general.name": name} | plan.metadata
-    out |= sampling_defaults(read_json(folder / "generation_config.json"))
+    out |= sampling_defaults(read_settings(folder, "generation_config.json"))
     return out | read_vocabulary(folder, checkpoint.config, n_vocab)

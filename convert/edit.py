@@ -47,9 +47,7 @@ def tensor_bytes(gguf: GGUFFile, name: str) -> Iterator[np.ndarray]:
         yield out
 
 
-def _copy(
-    gguf: GGUFFile, names: Iterable[str], writer: GGUFWriter, advance: Advance
-) -> None:
+def _copy(gguf: GGUFFile, names: Iterable[str], writer: GGUFWriter, advance: Advance) -> None:
     for name in names:
         for data in tensor_bytes(gguf, name):
             writer.append(data)
@@ -94,9 +92,7 @@ def split(
     return paths
 
 
-def _groups(
-    tensors: list[TensorInfo], max_nbytes: int, max_tensors: int
-) -> list[list[TensorInfo]]:
+def _groups(tensors: list[TensorInfo], max_nbytes: int, max_tensors: int) -> list[list[TensorInfo]]:
     groups: list[list[TensorInfo]] = [[]]
     nbytes = 0
     for tensor in tensors:

@@ -89,6 +89,4 @@ def _html(title: str, reports: Sequence[TensorReport]) -> str:
 
 def _bar(share: float) -> str:
     width = round(_BAR_WIDTH * share)
-    return (
-        f'<svg width="{_BAR_WIDTH}" height="12"><rect width="{width}" height="10" y="1"/></svg>'
-    )
+    return f'<svg width="{_BAR_WIDTH}" height="12"><rect width="{width}" height="10" y="1"/></svg>'

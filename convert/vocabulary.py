@@ -20,6 +20,7 @@ from edgellama.tokenizer import load_tokenizer
 from edgellama.tokenizer.pre import PRE_TOKENIZERS, PreTokenizer
 from edgellama.tokenizer.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
+from .folder import inside, read_json
 from .sentencepiece_model import read_sentencepiece
 from .tiktoken import read_tiktoken
 
@@ -90,9 +91,9 @@ def read_vocabulary(folder: Path, config: dict[str, Any], n_vocab: int) -> dict[
     Raises: ModelFileError naming the file and what is wrong; UnsupportedModelError for a tokenizer
     that cannot be carried over.
     """
-    settings = read_json(folder / "tokenizer_config.json")
-    defaults = read_json(folder / "generation_config.json")
-    document = read_json(folder / "tokenizer.json")
+    settings = read_settings(folder, "tokenizer_config.json")
+    defaults = read_settings(folder, "generation_config.json")
+    document = read_settings(folder, "tokenizer.json")
     model_file = folder / "tokenizer.model"
     if document and _is_byte_level(document):
         vocabulary = _from_byte_level(document, n_vocab)
@@ -115,20 +116,12 @@ def read_vocabulary(folder: Path, config: dict[str, Any], n_vocab: int) -> dict[
     return metadata
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, or an empty one where there is no file.
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint's folder, or an empty one where it is not.
 
     Raises: ModelFileError for a file that is no JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is no JSON: {error}; fetch it again") from None
-    if not isinstance(document, dict):
-        raise ModelFileError(f"{path} holds {shown(document)}; a JSON object is needed")
-    return document
+    return read_json(inside(folder, name)) if (folder / name).exists() else {}
 
 
 # --- the kinds of files ---------------------------------------------------------------------------
@@ -276,7 +269,7 @@ def _add_tokens(
 ) -> None:  # fmt: skip
     """Put the tokens that stand outside the model's vocabulary, as control or user-defined ones."""
     added: dict[int, tuple[str, bool]] = {}
-    for text, token in read_json(folder / "added_tokens.json").items():
+    for text, token in read_settings(folder, "added_tokens.json").items():
         added[token] = (text, False)
     for key, entry in (settings.get("added_tokens_decoder") or {}).items():
         added[int(key)] = (entry["content"], bool(entry.get("special")))
@@ -417,7 +410,11 @@ def _compare(metadata: dict[str, Any], document: dict[str, Any], model_file: Pat
         expected, got = list(reference(text)), ours.encode(text, add_special=False)
         if got != expected:
             at = next(
-                (i for i, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]),
+                (
+                    i
+                    for i, pair in enumerate(zip(got, expected, strict=False))
+                    if pair[0] != pair[1]
+                ),
                 min(len(got), len(expected)),
             )
             raise UnsupportedModelError(

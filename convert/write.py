@@ -75,8 +75,12 @@ def write_model(
                 advance(data.nbytes, target.name)
             reports.append(
                 TensorReport(
-                    target.name, target.shape, source.tensor.format.name, target.format.name,
-                    target.nbytes, *squares.means(),
+                    target.name,
+                    target.shape,
+                    source.tensor.format.name,
+                    target.format.name,
+                    target.nbytes,
+                    *squares.means(),
                 )  # fmt: skip
             )
     return reports

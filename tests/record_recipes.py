@@ -50,9 +50,9 @@ def ask(source: Path, file_type: int, weights: bool) -> dict[str, str]:
             array[i].data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             array[i].size = n_cols
         settings.imatrix = array
-    assert (
-        llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) == 0
-    ), "llama.cpp refused"
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) == 0, (
+        "llama.cpp refused"
+    )
     with open_gguf(out) as gguf:
         return by_role({n: t.type_name for n, t in gguf.tensors.items() if len(t.shape) > 1})
 
@@ -65,7 +65,9 @@ def by_role(formats: dict[str, str]) -> dict[str, str]:
         role = name[match.end() :] if match else name
         layers.setdefault(role, {})[int(match[1]) if match else 0] = kind
     return {
-        role: " ".join(kinds[i] for i in sorted(kinds)) if len(set(kinds.values())) > 1 else kinds[0]
+        role: " ".join(kinds[i] for i in sorted(kinds))
+        if len(set(kinds.values())) > 1
+        else kinds[0]
         for role, kinds in sorted(layers.items())
     }
 

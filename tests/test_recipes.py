@@ -37,7 +37,8 @@ def by_role(chosen: list[NewTensor]) -> dict[str, str]:
         if len(t.shape) > 1:
             layers.setdefault(re.sub(r"^blk\.\d+\.", "", t.name), []).append(t.format.name)
     return {
-        role: kinds[0] if len(set(kinds)) == 1 else " ".join(kinds) for role, kinds in layers.items()
+        role: kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
+        for role, kinds in layers.items()
     }
 
 

@@ -78,17 +78,19 @@ def convert(
     """Convert SRC to one GGUF file.
 
     SRC is a folder of Hugging Face (safetensors, pytorch_model.bin) or of Meta (consolidated.*.pth), a
-    .bin of llama2.c, a .gguf, or hf:ORG/REPO, which is fetched.
+    .bin of llama2.c, or hf:ORG/REPO, which is fetched.
     """
-    from edgellama.convert.checkpoint import open_source
+    from edgellama.convert.checkpoint import open_checkpoint
     from edgellama.convert.convert import convert
+    from edgellama.convert.download import fetch_checkpoint, is_repository
     from edgellama.convert.encoder import Encoder
     from edgellama.convert.importance import read_importance
 
     start = time.monotonic()
-    with Encoder(threads) as encoder:
+    path = fetch_checkpoint(source, offline=offline) if is_repository(source) else source
+    with open_checkpoint(path) as checkpoint, Encoder(threads) as encoder:
         reports = convert(
-            open_source(source, offline=offline), out, type_name, encoder,
+            checkpoint, out, type_name, encoder,
             choices=_choices(overrides, keep_output, pure),
             importance=read_importance(imatrix) if imatrix else None,
             importance_file=imatrix.name if imatrix else "",

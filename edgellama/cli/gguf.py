@@ -109,7 +109,9 @@ def dump(source: Path, as_json: bool, key: tuple[str, ...]) -> None:
         click.echo(f"{plain(name)} = {plain(json.dumps(value, ensure_ascii=False))}")
     for t in () if key else tensors:
         shape = "x".join(map(str, t["shape"]))
-        click.echo(f"{plain(t['name']):40} {t['type']:8} {shape:16} {t['nbytes']} B at {t['offset']}")
+        click.echo(
+            f"{plain(t['name']):40} {t['type']:8} {shape:16} {t['nbytes']} B at {t['offset']}"
+        )
 
 
 def _plain_value(value: Any) -> Any:
@@ -127,8 +129,8 @@ def _plain_value(value: Any) -> Any:
 def diff(ctx: click.Context, one: Path, other: Path) -> None:
     """Compare metadata and tensors of two files; exit with 1 when they differ."""
     from edgellama.convert.edit import differences
-    from edgellama.gguf import open_gguf
     from edgellama.convert.encoder import Encoder
+    from edgellama.gguf import open_gguf
 
     with open_gguf(one) as a, open_gguf(other) as b, Encoder() as encoder:
         found = 0

@@ -14,33 +14,41 @@ from edgellama.kernels import layout
 from edgellama.kernels.blocks import FORMATS, STRIP, padded
 from edgellama.models import FAMILIES
 from edgellama.models.builder import Builder, Node, Tensor
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 
 from .arena import Arena, Slot
 from .program import Argument, Cache, Program, Record, Weight
 
 _ALL_TOKENS = 1 << 30
 _PARTS = 16
-"""Pieces that a projection's rows are cut into: a thread should stream long runs of weights, because
+"""Pieces that a projection's rows are cut into at least: a thread should stream long runs of weights, because
 every run begins with a wait for memory (on two threads 64 pieces decode a third slower than 16)."""
 
 
 def compile_program(
-    config: ModelConfig, tensors: Mapping[str, TensorInfo], kv_type: str, *, fuse: bool = True
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    kv_type: str,
+    *,
+    n_threads: int = 1,
+    fuse: bool = True,
 ) -> Program:
-    """Write a model's forward pass and turn it into a program."""
+    """Write a model's forward pass and turn it into a program for up to `n_threads` threads."""
     builder = Builder(config, tensors)
     logits = FAMILIES[config.arch](builder)
-    return _Lowering(builder, kv_type, fuse).program(logits)
+    n_parts = -(-_PARTS // n_threads) * n_threads  # so that threads end together
+    return _Lowering(builder, kv_type, n_parts, fuse).program(logits)
 
 
 class _Lowering:
     """Makes records of nodes; `_lower_<kind>` is what becomes of a node of that kind."""
 
-    def __init__(self, builder: Builder, kv_type: str, fuse: bool) -> None:
+    def __init__(self, builder: Builder, kv_type: str, n_parts: int, fuse: bool) -> None:
         self._builder = builder
         self._config = builder.config
         self._kv_type = kv_type
+        self._n_parts = n_parts
         self._fuse = fuse
         self._arena = Arena(builder.nodes)
         self._partials: Slot | None = None
@@ -81,6 +89,7 @@ class _Lowering:
             and following is not None
             and following.kind == "add"
             and following.inputs[1] is node.output
+            and following.settings["scale"] == 1.0
             and self._arena.is_used_once(node.output)
             and self._arena.is_used_once(following.inputs[0])
         ):
@@ -158,6 +167,7 @@ class _Lowering:
         )  # fmt: skip
 
     def _lower_rms_norm(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
+        """Also `layer_norm`: over whole rows, or in place over the heads of a row."""
         (x,) = node.inputs
         source = self._arena.floats[x]
         group = node.settings["group"]
@@ -166,28 +176,32 @@ class _Lowering:
         if residual is not None:
             out = self._arena.floats[result] = residual
         elif group < x.width:
-            out = self._arena.floats[result] = source  # heads are normalised in place
+            out = self._arena.floats[result] = source
             assert self._arena.is_used_once(x), f"{x.name} is used after it was normalised in place"
         else:
             out = self._arena.make(result)
         forms = self._write_forms(result, nodes) if group == x.width else {}
+        arguments: dict[str, Argument] = {
+            "out": out, "out_stride": out.stride,
+            **_form_arguments(forms),
+            "x": source, "x_stride": source.stride,
+            "n_groups": x.width // group, "width": group,
+            "weight": Weight(node.weight), "eps": self._config.norm_eps,
+        }  # fmt: skip
+        if node.kind == "rms_norm":
+            arguments["add"] = residual or 0
+        else:
+            arguments["weight_stride"] = group * 4
+            arguments["bias"] = Weight(node.bias) if node.bias else 0
         self._record(
-            Record(
-                "norm.rms_norm",
-                {
-                    "out": out, "out_stride": out.stride,
-                    **_form_arguments(forms),
-                    "x": source, "x_stride": source.stride, "add": residual or 0,
-                    "n_groups": x.width // group, "width": group,
-                    "weight": Weight(node.weight), "eps": self._config.norm_eps,
-                },
-                of_out_rows=x.of_out_rows,
-            ),
+            Record(f"norm.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (source,), (out, *forms.values()),
         )  # fmt: skip
         self._arena.used(x)
         if add is not None:
             self._arena.used(*add.inputs)
+
+    _lower_layer_norm = _lower_rms_norm
 
     def _lower_linear(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
         (x,) = node.inputs
@@ -199,7 +213,7 @@ class _Lowering:
             out = self._arena.floats[add.output] = self._arena.floats[add.inputs[0]]
         n_cols, n_rows = self._builder.tensors[node.weight].shape
         n_strips = padded(n_rows) // STRIP
-        per_part = -(-n_strips // _PARTS)
+        per_part = -(-n_strips // self._n_parts)
         self._record(
             Record(
                 f"matmul.project[{format_name}]",
@@ -280,8 +294,6 @@ class _Lowering:
                 parts=c.n_kv_heads,
                 tokens=layout.SPLIT_TOKENS,
                 of_spans=True,
-                n_position_macs=2 * c.n_heads * c.head_size,
-                n_positions=node.settings["window"] or 1 << 40,
             ),
             (self._arena.floats[q], self._kv), (out, partials),
         )  # fmt: skip
@@ -320,7 +332,10 @@ class _Lowering:
     def _lower_add(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         x, y = (self._arena.floats[tensor] for tensor in node.inputs)
         out = self._arena.make(node.output)
-        arguments: dict[str, Argument] = {"out": out, "x": x, "y": y, "stride": out.stride}
+        arguments: dict[str, Argument] = {
+            "out": out, "x": x, "y": y, "stride": out.stride,
+            "factor": float(node.settings["scale"]),
+        }  # fmt: skip
         self._record(
             Record("activation.add", arguments, of_out_rows=node.output.of_out_rows),
             (x, y), (out,),
@@ -342,15 +357,19 @@ class _Lowering:
         )  # fmt: skip
 
     def _lower_soft_cap(self, node: Node, nodes: Sequence[Node], add: None) -> None:
-        slot = self._arena.floats[node.output] = self._arena.floats[node.inputs[0]]
-        arguments: dict[str, Argument] = {
-            "x": slot, "stride": slot.stride, "cap": float(node.settings["cap"]),
-        }  # fmt: skip
+        """Also `scale`: a function of one number, in place."""
+        (x,) = node.inputs
+        assert self._arena.is_used_once(x), f"{x.name} is used after it was changed in place"
+        slot = self._arena.floats[node.output] = self._arena.floats[x]
+        arguments: dict[str, Argument] = {"x": slot, "stride": slot.stride}
+        arguments |= {name: float(value) for name, value in node.settings.items()}
         self._record(
-            Record("activation.soft_cap", arguments, of_out_rows=node.output.of_out_rows),
+            Record(f"activation.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (slot,), (slot,),
         )  # fmt: skip
-        self._arena.used(*node.inputs)
+        self._arena.used(x)
+
+    _lower_scale = _lower_soft_cap
 
 
 def _form_arguments(forms: dict[str, Slot]) -> dict[str, Argument]:
