@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .encoder import Encoder
 from .families import Plan, PlannedTensor, plan
 from .quantize import check_importance, type_metadata, wide_groups
-from .recipes import Choices, choose_formats, find_recipe
+from .recipes import AS_THE_RECIPE_SAYS, Choices, choose_formats, find_recipe
 from .vocabulary import read_settings, read_vocabulary, sampling_defaults
 from .write import Source, TensorReport, write_model
 
@@ -30,7 +30,7 @@ def convert(
     type_name: str,
     encoder: Encoder,
     *,
-    choices: Choices = Choices(),
+    choices: Choices = AS_THE_RECIPE_SAYS,
     importance: Mapping[str, np.ndarray] | None = None,
     importance_file: str = "",
     name: str | None = None,

@@ -13,7 +13,7 @@ from edgellama.gguf import GGUFFile, open_gguf
 
 from .edit import new_tensor, raw_metadata
 from .encoder import Encoder
-from .recipes import Choices, choose_formats, find_recipe
+from .recipes import AS_THE_RECIPE_SAYS, Choices, choose_formats, find_recipe
 from .write import Source, TensorReport, write_model
 
 _QUANTIZATION_VERSION = 2
@@ -25,7 +25,7 @@ def quantize(
     type_name: str,
     encoder: Encoder,
     *,
-    choices: Choices = Choices(),
+    choices: Choices = AS_THE_RECIPE_SAYS,
     importance: Mapping[str, np.ndarray] | None = None,
     importance_file: str = "",
     measure: bool = False,

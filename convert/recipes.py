@@ -126,6 +126,9 @@ class Choices(NamedTuple):
     pure: bool = False  # the base format for all, no mix
 
 
+AS_THE_RECIPE_SAYS = Choices()
+
+
 def find_recipe(name: str) -> tuple[str, Recipe]:
     """Return the full name and the recipe that `name` means, in any case of letters.
 
@@ -151,7 +154,7 @@ def find_format(name: str) -> BlockFormat:
 def choose_formats(
     tensors: Iterable[NewTensor],
     recipe: Recipe,
-    choices: Choices = Choices(),
+    choices: Choices = AS_THE_RECIPE_SAYS,
     *,
     wide_groups: bool,
     importance: Iterable[str] = (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     """Merge a token's bytes by all ranks below its own: the two parts that are left are its merge."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        best = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        best = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
         if best[0] >= rank:
             raise ModelFileError(f"the token {token!r} of rank {rank} is made by no merge")
         i = best[1]

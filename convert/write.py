@@ -75,13 +75,14 @@ def write_model(
                 advance(data.nbytes, target.name)
             reports.append(
                 TensorReport(
-                    target.name,
-                    target.shape,
-                    source.tensor.format.name,
-                    target.format.name,
-                    target.nbytes,
-                    *squares.means(),
-                )  # fmt: skip
+                    name=target.name,
+                    shape=target.shape,
+                    source_type=source.tensor.format.name,
+                    type=target.format.name,
+                    nbytes=target.nbytes,
+                    mean_square=squares.mean(squares.weights),
+                    squared_error=squares.mean(squares.errors),
+                )
             )
     return reports
 
@@ -99,8 +100,8 @@ class _Squares:
         self.weights += float(np.dot(np.square(rows).sum(0, dtype=np.float64), share))
         self.errors += float(np.dot(np.square(rows - decoded).sum(0, dtype=np.float64), share))
 
-    def means(self) -> tuple[float, float] | tuple[()]:
-        return (self.weights / self.n, self.errors / self.n) if self.n else ()
+    def mean(self, total: float) -> float | None:
+        return total / self.n if self.n else None
 
 
 def _pieces(

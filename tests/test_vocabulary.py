@@ -214,7 +214,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ModelFileError, match=r"no tokenizer\.json and no tokenizer\.model"):
         read_vocabulary(tmp_path, {}, 10)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelFileError, match="is no JSON"):
+    with pytest.raises(ModelFileError, match="is not sound JSON"):
         read_vocabulary(tmp_path, {}, 10)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
     with pytest.raises(UnsupportedModelError, match="of type WordPiece; BPE is needed"):

@@ -133,9 +133,10 @@ def diff(ctx: click.Context, one: Path, other: Path) -> None:
     from edgellama.gguf import open_gguf
 
     with open_gguf(one) as a, open_gguf(other) as b, Encoder() as encoder:
-        found = 0
-        for found, difference in enumerate(differences(a, b, encoder.decode), 1):
+        n_found = 0
+        for difference in differences(a, b, encoder.decode):
             click.echo(f"{plain(difference.name)}: {plain(difference.what)}")
-    if found:
+            n_found += 1
+    if n_found:
         ctx.exit(1)
     click.echo("no difference")

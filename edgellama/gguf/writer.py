@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -118,10 +119,8 @@ class GGUFWriter:
     def _discard(self) -> None:
         if self._file is not None:
             # Closing writes what is buffered, which fails again when the disk is full.
-            try:
+            with suppress(OSError):
                 self._file.close()
-            except OSError:
-                pass
             self._file = None
         self._temporary.unlink(missing_ok=True)
 
