@@ -101,7 +101,7 @@ class Team:
 
     def __init__(self, pack: Pack, n_threads: int, scratch_nbytes: int) -> None:
         self.n_threads = n_threads
-        self._pack = pack  # threads run in its memory
+        self.pack = pack  # threads run in its memory
         self._launch = pack.function("step.launch")
         self._work = pack.function("step.work")
         self._words = np.zeros(layout.TEAM_NBYTES // 8 + 8, np.int64)

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from itertools import accumulate
@@ -28,7 +28,8 @@ from edgellama.errors import (
 )
 from edgellama.gguf import GGUFFile
 from edgellama.kernels import targets, team
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence
@@ -51,6 +52,7 @@ class Aborted(EdgeLlamaError):
 class Engine:
     """A loaded model: weights, cache, threads.
 
+    `on_loading` is called when the next thing is native: reading and packing the weights.
     Raises: UsageError for an argument out of range, KernelError when kernels cannot be built,
     OutOfMemoryError.
     """
@@ -65,6 +67,7 @@ class Engine:
         n_threads: int | None = None,
         kv_type: str = "f16",
         fuse: bool = True,
+        on_loading: Callable[[], None] = lambda: None,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"kv_type is {kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
@@ -91,6 +94,7 @@ class Engine:
         scratch_nbytes = max(program.scratch_nbytes, self._weights.scratch_nbytes)
         self._team = team.Team(self._pack, counts[-1], scratch_nbytes)
         weakref.finalize(self, self._team.close)  # for those who forget to
+        on_loading()
         with progress("Loading weights", total) as advance:
             self._weights.load(self._pack, self._team, advance)
         n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes

@@ -14,7 +14,8 @@ from edgellama.kernels import layout
 from edgellama.kernels.blocks import FORMATS, STRIP, padded
 from edgellama.models import FAMILIES
 from edgellama.models.builder import Builder, Node, Tensor
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 
 from .arena import Arena, Slot
 from .program import Argument, Cache, Program, Record, Weight
@@ -88,6 +89,7 @@ class _Lowering:
             and following is not None
             and following.kind == "add"
             and following.inputs[1] is node.output
+            and following.settings["scale"] == 1.0
             and self._arena.is_used_once(node.output)
             and self._arena.is_used_once(following.inputs[0])
         ):
@@ -165,6 +167,7 @@ class _Lowering:
         )  # fmt: skip
 
     def _lower_rms_norm(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
+        """Also `layer_norm`: over whole rows, or in place over the heads of a row."""
         (x,) = node.inputs
         source = self._arena.floats[x]
         group = node.settings["group"]
@@ -173,28 +176,32 @@ class _Lowering:
         if residual is not None:
             out = self._arena.floats[result] = residual
         elif group < x.width:
-            out = self._arena.floats[result] = source  # heads are normalised in place
+            out = self._arena.floats[result] = source
             assert self._arena.is_used_once(x), f"{x.name} is used after it was normalised in place"
         else:
             out = self._arena.make(result)
         forms = self._write_forms(result, nodes) if group == x.width else {}
+        arguments: dict[str, Argument] = {
+            "out": out, "out_stride": out.stride,
+            **_form_arguments(forms),
+            "x": source, "x_stride": source.stride,
+            "n_groups": x.width // group, "width": group,
+            "weight": Weight(node.weight), "eps": self._config.norm_eps,
+        }  # fmt: skip
+        if node.kind == "rms_norm":
+            arguments["add"] = residual or 0
+        else:
+            arguments["weight_stride"] = group * 4
+            arguments["bias"] = Weight(node.bias) if node.bias else 0
         self._record(
-            Record(
-                "norm.rms_norm",
-                {
-                    "out": out, "out_stride": out.stride,
-                    **_form_arguments(forms),
-                    "x": source, "x_stride": source.stride, "add": residual or 0,
-                    "n_groups": x.width // group, "width": group,
-                    "weight": Weight(node.weight), "eps": self._config.norm_eps,
-                },
-                of_out_rows=x.of_out_rows,
-            ),
+            Record(f"norm.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (source,), (out, *forms.values()),
         )  # fmt: skip
         self._arena.used(x)
         if add is not None:
             self._arena.used(*add.inputs)
+
+    _lower_layer_norm = _lower_rms_norm
 
     def _lower_linear(self, node: Node, nodes: Sequence[Node], add: Node | None) -> None:
         (x,) = node.inputs
@@ -325,7 +332,10 @@ class _Lowering:
     def _lower_add(self, node: Node, nodes: Sequence[Node], add: None) -> None:
         x, y = (self._arena.floats[tensor] for tensor in node.inputs)
         out = self._arena.make(node.output)
-        arguments: dict[str, Argument] = {"out": out, "x": x, "y": y, "stride": out.stride}
+        arguments: dict[str, Argument] = {
+            "out": out, "x": x, "y": y, "stride": out.stride,
+            "factor": float(node.settings["scale"]),
+        }  # fmt: skip
         self._record(
             Record("activation.add", arguments, of_out_rows=node.output.of_out_rows),
             (x, y), (out,),
@@ -347,15 +357,19 @@ class _Lowering:
         )  # fmt: skip
 
     def _lower_soft_cap(self, node: Node, nodes: Sequence[Node], add: None) -> None:
-        slot = self._arena.floats[node.output] = self._arena.floats[node.inputs[0]]
-        arguments: dict[str, Argument] = {
-            "x": slot, "stride": slot.stride, "cap": float(node.settings["cap"]),
-        }  # fmt: skip
+        """Also `scale`: a function of one number, in place."""
+        (x,) = node.inputs
+        assert self._arena.is_used_once(x), f"{x.name} is used after it was changed in place"
+        slot = self._arena.floats[node.output] = self._arena.floats[x]
+        arguments: dict[str, Argument] = {"x": slot, "stride": slot.stride}
+        arguments |= {name: float(value) for name, value in node.settings.items()}
         self._record(
-            Record("activation.soft_cap", arguments, of_out_rows=node.output.of_out_rows),
+            Record(f"activation.{node.kind}", arguments, of_out_rows=x.of_out_rows),
             (slot,), (slot,),
         )  # fmt: skip
-        self._arena.used(*node.inputs)
+        self._arena.used(x)
+
+    _lower_scale = _lower_soft_cap
 
 
 def _form_arguments(forms: dict[str, Slot]) -> dict[str, Argument]:

@@ -15,7 +15,7 @@ from edgellama.kernels import layout
 from edgellama.kernels.blocks import padded
 from edgellama.kernels.compiler import Pack
 from edgellama.kernels.team import fill_record
-from edgellama.models.config import RopeConfig
+from edgellama.models.rope import RopeConfig
 
 from .arena import Slot
 from .memory import small_pages
