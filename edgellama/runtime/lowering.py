@@ -22,26 +22,33 @@ from .program import Argument, Cache, Program, Record, Weight
 
 _ALL_TOKENS = 1 << 30
 _PARTS = 16
-"""Pieces that a projection's rows are cut into: a thread should stream long runs of weights, because
+"""Pieces that a projection's rows are cut into at least: a thread should stream long runs of weights, because
 every run begins with a wait for memory (on two threads 64 pieces decode a third slower than 16)."""
 
 
 def compile_program(
-    config: ModelConfig, tensors: Mapping[str, TensorInfo], kv_type: str, *, fuse: bool = True
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    kv_type: str,
+    *,
+    n_threads: int = 1,
+    fuse: bool = True,
 ) -> Program:
-    """Write a model's forward pass and turn it into a program."""
+    """Write a model's forward pass and turn it into a program for up to `n_threads` threads."""
     builder = Builder(config, tensors)
     logits = FAMILIES[config.arch](builder)
-    return _Lowering(builder, kv_type, fuse).program(logits)
+    n_parts = -(-_PARTS // n_threads) * n_threads  # so that threads end together
+    return _Lowering(builder, kv_type, n_parts, fuse).program(logits)
 
 
 class _Lowering:
     """Makes records of nodes; `_lower_<kind>` is what becomes of a node of that kind."""
 
-    def __init__(self, builder: Builder, kv_type: str, fuse: bool) -> None:
+    def __init__(self, builder: Builder, kv_type: str, n_parts: int, fuse: bool) -> None:
         self._builder = builder
         self._config = builder.config
         self._kv_type = kv_type
+        self._n_parts = n_parts
         self._fuse = fuse
         self._arena = Arena(builder.nodes)
         self._partials: Slot | None = None
@@ -206,7 +213,7 @@ class _Lowering:
             out = self._arena.floats[add.output] = self._arena.floats[add.inputs[0]]
         n_cols, n_rows = self._builder.tensors[node.weight].shape
         n_strips = padded(n_rows) // STRIP
-        per_part = -(-n_strips // _PARTS)
+        per_part = -(-n_strips // self._n_parts)
         self._record(
             Record(
                 f"matmul.project[{format_name}]",
@@ -287,8 +294,6 @@ class _Lowering:
                 parts=c.n_kv_heads,
                 tokens=layout.SPLIT_TOKENS,
                 of_spans=True,
-                n_position_macs=2 * c.n_heads * c.head_size,
-                n_positions=node.settings["window"] or 1 << 40,
             ),
             (self._arena.floats[q], self._kv), (out, partials),
         )  # fmt: skip

@@ -49,8 +49,6 @@ class Record:
     of_spans: bool = False  # cut into the step's spans besides
     wait: int = 0
     n_macs: int = 0  # per token
-    n_position_macs: int = 0  # per token and position that it sees
-    n_positions: int = 1 << 40  # that it sees at most
 
 
 class WeightPlaces(Protocol):
