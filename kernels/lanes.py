@@ -11,18 +11,19 @@ from itertools import pairwise
 from llvmlite import ir
 from numba import types
 
-from . import simd
-from .generic import f32, i16, i32, splat, vector
-from .simd import _E2M1, _IQ4, F32x8, I32x8, _load, _op1, _op2, _op3, _op4, _store, i64
+from . import vectors
+from .emit import f32, i16, i32, i64, load, splat, store, vector
+from .integers import E2M1, IQ4
+from .vectors import F32x8, I32x8, operation
 
 
 def _load_f16(builder, address):
     zeros = ir.Constant(vector(i16, 8), None)
-    bits = builder.insert_element(zeros, _load(builder, address, i16), i32(0))
-    return builder.extract_element(simd.lowering.f16_to_f32(builder, bits), i32(0))
+    bits = builder.insert_element(zeros, load(builder, address, i16), i32(0))
+    return builder.extract_element(vectors.lowering.f16_to_f32(builder, bits), i32(0))
 
 
-load_f16 = _op1(types.float32, _load_f16)
+load_f16 = operation(types.float32, _load_f16)
 
 
 def _each_lane(builder, address, stride):
@@ -32,25 +33,25 @@ def _each_lane(builder, address, stride):
 def _gather(builder, address, stride):
     value = ir.Constant(vector(f32, 8), ir.Undefined)
     for lane, at in enumerate(_each_lane(builder, address, stride)):
-        value = builder.insert_element(value, _load(builder, at, f32), i32(lane))
+        value = builder.insert_element(value, load(builder, at, f32), i32(lane))
     return value
 
 
 def _scatter(builder, address, stride, value):
     for lane, at in enumerate(_each_lane(builder, address, stride)):
-        _store(builder, at, builder.extract_element(value, i32(lane)))
+        store(builder, at, builder.extract_element(value, i32(lane)))
 
 
-gather_f32x8 = _op2(F32x8, _gather)
+gather_f32x8 = operation(F32x8, _gather)
 """f32 at address, address + stride, ..."""
-scatter_i32x8 = _op3(types.void, _scatter)
+scatter_i32x8 = operation(types.void, _scatter)
 
-where_greater = _op4(F32x8, lambda b, p, q, x, y: b.select(b.fcmp_ordered(">", p, q), x, y))
+where_greater = operation(F32x8, lambda b, p, q, x, y: b.select(b.fcmp_ordered(">", p, q), x, y))
 """x where p > q, elsewhere y."""
-store_bytes16 = _op2(types.void, _store)
-truncate = _op1(I32x8, lambda b, v: b.fptosi(v, vector(i32, 8)))
+store_bytes16 = operation(types.void, store)
+truncate = operation(I32x8, lambda b, v: b.fptosi(v, vector(i32, 8)))
 """Towards zero."""
-exponent = _op1(
+exponent = operation(
     F32x8,
     lambda b, v: b.sitofp(
         b.and_(b.lshr(b.bitcast(v, vector(i32, 8)), splat(i32, 8, 23)), splat(i32, 8, 255)),
@@ -58,7 +59,7 @@ exponent = _op1(
     ),
 )
 """The biased exponent: floor(log2 |v|) + 127 of a normal number."""
-store_bf16x8 = _op2(types.void, lambda b, a, v: _store(b, a, _to_bf16(b, v)))
+store_bf16x8 = operation(types.void, lambda b, a, v: store(b, a, _to_bf16(b, v)))
 
 
 def _to_bf16(builder, value):
@@ -103,10 +104,10 @@ def _e2m1_code(builder, v):
     bits = builder.bitcast(v, vector(i32, 8))
     magnitude = builder.bitcast(builder.and_(bits, splat(i32, 8, 0x7FFFFFFF)), vector(f32, 8))
     sign = builder.and_(builder.lshr(bits, splat(i32, 8, 28)), splat(i32, 8, 8))
-    return builder.or_(_rank(_E2M1[:8])(builder, magnitude), sign)
+    return builder.or_(_rank(E2M1[:8])(builder, magnitude), sign)
 
 
-nearest_iq4 = _op1(F32x8, _nearest(_IQ4))
-iq4_code = _op1(I32x8, _rank(_IQ4))
-nearest_e2m1 = _op1(F32x8, _nearest(sorted(set(_E2M1))))
-e2m1_code = _op1(I32x8, _e2m1_code)
+nearest_iq4 = operation(F32x8, _nearest(IQ4))
+iq4_code = operation(I32x8, _rank(IQ4))
+nearest_e2m1 = operation(F32x8, _nearest(sorted(set(E2M1))))
+e2m1_code = operation(I32x8, _e2m1_code)
