@@ -1,7 +1,7 @@
 """Tiles: rows x columns of sums in registers, a column being 8 floats wide.
 
 A tile passes between kernel functions as one value; its operations are made for a shape, so that all
-products over keys, values and weights in floats read alike: a loop of `add(tile, load(b), a, stride)`.
+products over keys, values and weights read alike: a loop of `add(tile, load(b), rows, offset)`.
 Sixteen registers hold 12 sums and what is being multiplied, if the tile has at most two columns: LLVM
 loads all columns of a row before it uses them.
 """
@@ -12,14 +12,17 @@ from llvmlite import ir
 from numba import types
 
 from . import simd
-from .generic import f32, i8, i16, vector
-from .simd import Vec, _load, _op0, _op1, _op3, _op4, _splat_value, _store, i64
+from .generic import f32, i8, i16, i32, vector
+from .simd import Vec, _load, _op0, _op1, _op2, _op3, _op4, _pointer, _splat_value, _store, i64
 
 _tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
+_int_tiles = {n: Vec(f"IntTile{n}", ir.ArrayType(vector(i32, 8), n)) for n in range(1, 13)}
+_word_rows = {n: Vec(f"WordRow{n}", ir.ArrayType(vector(i16, 16), n)) for n in range(1, 3)}
+_rows = {n: Vec(f"Rows{n}", ir.ArrayType(i8.as_pointer(), n)) for n in range(1, 13)}
 
 
 def _as_tile(builder, values):
-    tile = ir.Constant(ir.ArrayType(vector(f32, 8), len(values)), ir.Undefined)
+    tile = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
     for i, value in enumerate(values):
         tile = builder.insert_value(tile, value, i)
     return tile
@@ -47,23 +50,52 @@ def tile_load(kind, columns):
     return _op1(_tiles[columns], emit)
 
 
-def tile_operations(rows, columns):
-    """Return zero(), add(tile, row, at, stride), add_scaled(tile, other, row), store(to, stride, tile).
+def tile_rows(rows):
+    """Return rows(at, stride): where the rows of a tile begin, to be made before the loop that adds.
 
-    `add` adds the products of a row with the floats at `at`, `at + stride` ..., one for each row of
-    the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
+    LLVM may not know how they follow from each other: it would make each from the one before, in every
+    round, where a register for each costs nothing.
+    """
+
+    def emit(builder, at, stride):
+        pointer = i8.as_pointer()
+        starts = [_pointer(builder, at, i8)]
+        for _ in range(1, rows):
+            starts.append(builder.gep(starts[-1], [stride]))
+        nothing = ir.InlineAsm(ir.FunctionType(pointer, [pointer]), "", "=r,0")
+        return _as_tile(builder, [builder.call(nothing, [start]) for start in starts])
+
+    return _op2(_rows[rows], emit)
+
+
+def _load_at(builder, row, offset, ir_type):
+    at = builder.bitcast(builder.gep(row, [offset]), ir_type.as_pointer())
+    return builder.load(at, align=1)
+
+
+def _add_products(multiply_add, element):
+    """Return add(tile, row, rows, offset) for one kind of elements."""
+
+    def add(builder, tile, row, rows, offset):
+        sums, row = _values(builder, tile), _values(builder, row)
+        for r, at in enumerate(_values(builder, rows)):
+            y = _splat_value(builder, _load_at(builder, at, offset, element), 8)
+            for c, w in enumerate(row):
+                i = r * len(row) + c
+                sums[i] = multiply_add(builder, w, y, sums[i])
+        return _as_tile(builder, sums)
+
+    return add
+
+
+def tile_operations(rows, columns):
+    """Return zero(), add(tile, row, rows, offset), add_scaled(tile, other, row), store(to, stride, tile).
+
+    `add` adds the products of a row with the floats that lie `offset` bytes into `rows`, one for each
+    row of the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
     """
     tile_type = _tiles[rows * columns]
-
-    def add(builder, tile, row, at, stride):
-        sums, row = _values(builder, tile), _values(builder, row)
-        for r in range(rows):
-            y = _splat_value(builder, _load(builder, at, f32), 8)
-            for c in range(columns):
-                i = r * columns + c
-                sums[i] = simd.lowering.fma(builder, row[c], y, sums[i])
-            at = builder.add(at, stride)
-        return _as_tile(builder, sums)
+    add = _add_products(lambda b, w, y, acc: simd.lowering.fma(b, w, y, acc), f32)
 
     def add_scaled(builder, tile, other, row):
         row = _values(builder, row)
@@ -81,3 +113,36 @@ def tile_operations(rows, columns):
 
     zero = _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
     return zero, _op4(tile_type, add), _op3(tile_type, add_scaled), _op3(types.void, store)
+
+
+def word_tile_operations(rows, columns):
+    """Return load(address), zero(), add(tile, row, rows, offset), add_floats(sums, tile, scales, rows).
+
+    The tile's sums are integers; `add` is as above, with pairs of words for floats.  `add_floats` adds
+    such a tile to one of floats: each sum times its column's scale and the float where its row begins.
+    """
+    tile_type = _int_tiles[rows * columns]
+
+    def load(builder, address):
+        at = [builder.add(address, i64(32 * c)) for c in range(columns)]
+        return _as_tile(builder, [_load(builder, a, vector(i16, 16)) for a in at])
+
+    def multiply_add(builder, w, y, acc):
+        return simd.lowering.words_add(builder, acc, w, builder.bitcast(y, vector(i16, 16)))
+
+    def add_floats(builder, sums, tile, scales, rows):
+        sums, tile, scales = (_values(builder, v) for v in (sums, tile, scales))
+        for r, at in enumerate(_values(builder, rows)):
+            y = _splat_value(builder, _load_at(builder, at, i64(0), f32), 8)
+            for c, scale in enumerate(scales):
+                i = r * columns + c
+                value = builder.sitofp(tile[i], vector(f32, 8))
+                sums[i] = simd.lowering.fma(builder, value, builder.fmul(scale, y), sums[i])
+        return _as_tile(builder, sums)
+
+    return (
+        _op1(_word_rows[columns], load),
+        _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None)),
+        _op4(tile_type, _add_products(multiply_add, i32)),
+        _op4(_tiles[rows * columns], add_floats),
+    )
