@@ -11,9 +11,9 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from . import simd
-from .generic import f32, i8, i16, i32, vector
-from .simd import Vec, _load, _op0, _op1, _op2, _op3, _op4, _pointer, _splat_value, _store, i64
+from . import vectors
+from .emit import f32, i8, i16, i32, i64, load, pointer, splat_value, store, vector
+from .vectors import Vec, operation
 
 _tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
 _int_tiles = {n: Vec(f"IntTile{n}", ir.ArrayType(vector(i32, 8), n)) for n in range(1, 13)}
@@ -33,9 +33,9 @@ def _values(builder, tile):
 
 
 _KINDS = {
-    "f32": (4, lambda b, a: _load(b, a, vector(f32, 8))),
-    "f16": (2, lambda b, a: simd.lowering.f16_to_f32(b, _load(b, a, vector(i16, 8)))),
-    "i8": (1, lambda b, a: b.sitofp(_load(b, a, vector(i8, 8)), vector(f32, 8))),
+    "f32": (4, lambda b, a: load(b, a, vector(f32, 8))),
+    "f16": (2, lambda b, a: vectors.lowering.f16_to_f32(b, load(b, a, vector(i16, 8)))),
+    "i8": (1, lambda b, a: b.sitofp(load(b, a, vector(i8, 8)), vector(f32, 8))),
 }
 
 
@@ -47,7 +47,7 @@ def tile_load(kind, columns):
         at = [builder.add(address, i64(8 * nbytes * c)) for c in range(columns)]
         return _as_tile(builder, [load(builder, a) for a in at])
 
-    return _op1(_tiles[columns], emit)
+    return operation(_tiles[columns], emit)
 
 
 def tile_rows(rows):
@@ -58,14 +58,13 @@ def tile_rows(rows):
     """
 
     def emit(builder, at, stride):
-        pointer = i8.as_pointer()
-        starts = [_pointer(builder, at, i8)]
+        starts = [pointer(builder, at, i8)]
         for _ in range(1, rows):
             starts.append(builder.gep(starts[-1], [stride]))
-        nothing = ir.InlineAsm(ir.FunctionType(pointer, [pointer]), "", "=r,0")
+        nothing = ir.InlineAsm(ir.FunctionType(starts[0].type, [starts[0].type]), "", "=r,0")
         return _as_tile(builder, [builder.call(nothing, [start]) for start in starts])
 
-    return _op2(_rows[rows], emit)
+    return operation(_rows[rows], emit)
 
 
 def _load_at(builder, row, offset, ir_type):
@@ -79,7 +78,7 @@ def _add_products(multiply_add, element):
     def add(builder, tile, row, rows, offset):
         sums, row = _values(builder, tile), _values(builder, row)
         for r, at in enumerate(_values(builder, rows)):
-            y = _splat_value(builder, _load_at(builder, at, offset, element), 8)
+            y = splat_value(builder, _load_at(builder, at, offset, element), 8)
             for c, w in enumerate(row):
                 i = r * len(row) + c
                 sums[i] = multiply_add(builder, w, y, sums[i])
@@ -95,24 +94,29 @@ def tile_operations(rows, columns):
     row of the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
     """
     tile_type = _tiles[rows * columns]
-    add = _add_products(lambda b, w, y, acc: simd.lowering.fma(b, w, y, acc), f32)
+    add = _add_products(lambda b, w, y, acc: vectors.lowering.fma(b, w, y, acc), f32)
 
     def add_scaled(builder, tile, other, row):
         row = _values(builder, row)
         pairs = zip(_values(builder, other), _values(builder, tile), strict=True)
         sums = [
-            simd.lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)
+            vectors.lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)
         ]
         return _as_tile(builder, sums)
 
-    def store(builder, to, stride, tile):
+    def store_rows(builder, to, stride, tile):
         for i, value in enumerate(_values(builder, tile)):
-            _store(builder, builder.add(to, i64(i % columns * 32)), value)
+            store(builder, builder.add(to, i64(i % columns * 32)), value)
             if i % columns == columns - 1:
                 to = builder.add(to, stride)
 
-    zero = _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
-    return zero, _op4(tile_type, add), _op3(tile_type, add_scaled), _op3(types.void, store)
+    zero = operation(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
+    return (
+        zero,
+        operation(tile_type, add),
+        operation(tile_type, add_scaled),
+        operation(types.void, store_rows),
+    )
 
 
 def word_tile_operations(rows, columns):
@@ -123,26 +127,26 @@ def word_tile_operations(rows, columns):
     """
     tile_type = _int_tiles[rows * columns]
 
-    def load(builder, address):
+    def load_row(builder, address):
         at = [builder.add(address, i64(32 * c)) for c in range(columns)]
-        return _as_tile(builder, [_load(builder, a, vector(i16, 16)) for a in at])
+        return _as_tile(builder, [load(builder, a, vector(i16, 16)) for a in at])
 
     def multiply_add(builder, w, y, acc):
-        return simd.lowering.words_add(builder, acc, w, builder.bitcast(y, vector(i16, 16)))
+        return vectors.lowering.words_add(builder, acc, w, builder.bitcast(y, vector(i16, 16)))
 
     def add_floats(builder, sums, tile, scales, rows):
         sums, tile, scales = (_values(builder, v) for v in (sums, tile, scales))
         for r, at in enumerate(_values(builder, rows)):
-            y = _splat_value(builder, _load_at(builder, at, i64(0), f32), 8)
+            y = splat_value(builder, _load_at(builder, at, i64(0), f32), 8)
             for c, scale in enumerate(scales):
                 i = r * columns + c
                 value = builder.sitofp(tile[i], vector(f32, 8))
-                sums[i] = simd.lowering.fma(builder, value, builder.fmul(scale, y), sums[i])
+                sums[i] = vectors.lowering.fma(builder, value, builder.fmul(scale, y), sums[i])
         return _as_tile(builder, sums)
 
     return (
-        _op1(_word_rows[columns], load),
-        _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None)),
-        _op4(tile_type, _add_products(multiply_add, i32)),
-        _op4(_tiles[rows * columns], add_floats),
+        operation(_word_rows[columns], load_row),
+        operation(tile_type, lambda b: ir.Constant(tile_type.ir_type, None)),
+        operation(tile_type, _add_products(multiply_add, i32)),
+        operation(_tiles[rows * columns], add_floats),
     )
