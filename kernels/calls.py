@@ -47,6 +47,14 @@ def _call_system(builder, function, *args):
     _call(builder, function, ir.VoidType(), system_convention, *args)
 
 
+def _call_yield(builder, function):
+    _call_system(builder, function)
+
+
+def _call_clock(builder, function, argument, words):
+    _call_system(builder, function, argument, words)
+
+
 def _call_sleep(builder, function, units):
     """The system's sleep takes an unsigned 32-bit count."""
     _call_system(builder, function, builder.trunc(units, i32))
@@ -61,8 +69,8 @@ def _call_operation(builder, function, step, record, part, first, count, scratch
     _call_system(builder, function, step, record, part, first, count, scratch)
 
 
-call_yield = operation(types.void, _call_system)
-call_clock = operation(types.void, _call_system)
+call_yield = operation(types.void, _call_yield)
+call_clock = operation(types.void, _call_clock)
 call_sleep = operation(types.void, _call_sleep)
 call_pread = operation(types.int64, _call_pread)
 call_operation = operation(types.void, _call_operation)

@@ -65,7 +65,7 @@ def operation(result, emit):
     """Return what kernels call: its result is of a fixed type, and `emit(builder, *values)` its IR.
 
     It takes the arguments that `emit` takes after the builder; integers reach `emit` as 64 bits, so
-    that literals and small ints are welcome.
+    that literals and small ints are welcome.  Each argument has a name: Numba would make a tuple of *args.
     """
 
     def declared(typingctx, *args):

@@ -134,6 +134,9 @@ def test_close_from_another_thread(smollm2: Path) -> None:
     assert closing[0] < SOON_S
     with pytest.raises(UsageError, match="closed"):
         engine.evaluate(engine.new_sequence(), [1])
+    with pytest.raises(UsageError, match="closed"):
+        engine.truncate(engine.new_sequence(), 0)
+    engine.free(engine.new_sequence())
     engine.close()
 
 

@@ -285,6 +285,12 @@ def test_what_is_not_understood_is_refused(family, changes, named):
         plan_of(family, **changes)
 
 
+def test_a_window_of_no_layer_is_none():
+    expected = plan_of("qwen2").metadata
+    changes = {"use_sliding_window": True, "max_window_layers": 3}
+    assert plan_of("qwen2", **changes).metadata == expected
+
+
 def test_tensors_are_used_or_named():
     config = config_of("qwen3")
     weights = random_weights(config)

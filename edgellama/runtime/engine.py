@@ -157,8 +157,10 @@ class Engine:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One step, or one change of sequences, at a time."""
+        """One step, or one change of sequences, at a time, of an open model."""
         with self._lock:
+            if self._closed:
+                raise UsageError("the model is closed; open it again to use it")
             self._owner = threading.get_ident()
             try:
                 self._forget_freed()
@@ -192,8 +194,8 @@ class Engine:
         self._team.abort()
         # A signal's handler may come in the middle of a step of this very thread, which then frees.
         if self._owner != threading.get_ident():
-            with self._locked():
-                pass
+            with self._lock:
+                self._release()
 
     def _release(self) -> None:
         self._team.close()
@@ -310,8 +312,6 @@ class Engine:
         return out
 
     def _check(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
-        if self._closed:
-            raise UsageError("the model is closed; open it again to use it")
         if len(ids) == 0:
             raise UsageError("no tokens were given; a step needs at least one")
         worst = [i for i in ids if not 0 <= i < self.n_vocab]
