@@ -22,7 +22,7 @@ from .layout import KV_NBYTES, PAGE, SPAN, STEP_N_SPANS, STEP_POSITIONS, STEP_TA
 from .quantize import write_forms
 from .simd import *
 from .simd import inline
-from .tiles import tile_load, tile_operations
+from .tiles import tile_load, tile_operations, tile_rows
 
 ROWS = 6
 PAGES = SPAN // PAGE
@@ -38,16 +38,18 @@ def _products(kv_type, rows, columns):
     kind = "i8" if kv_type == "q8_0" else kv_type
     size = KV_NBYTES[kv_type]
     zero, add, add_scaled, store = tile_operations(rows, columns)
+    rows_at = tile_rows(rows)
     load, load_scales = tile_load(kind, columns), tile_load("f32", columns)
     width = 8 * columns
 
     @inline
     def dot(tile, a, a_stride, keys, n, ahead):
         """tile + a (rows, n) @ keys (n, columns); what lies `ahead` is fetched meanwhile."""
+        a = rows_at(a, a_stride)
         for k in range(n):
             if rows <= 4:
                 prefetch(keys + ahead)
-            tile = add(tile, load(keys), a + k * 4, a_stride)
+            tile = add(tile, load(keys), a, k * 4)
             keys += PAGE * size
         return tile
 
@@ -76,6 +78,7 @@ def _products(kv_type, rows, columns):
         """to (rows, E) = weights (rows, positions) @ V (positions, E)."""
         for c in range(0, wide, width):
             tile = zero()
+            y = rows_at(weights, SCORES_NBYTES)
             for i in range(n_pages):
                 at = base + load_i32(pages + 4 * i) * page_nbytes
                 ahead = base + load_i32(pages + 4 * min(i + 2, n_pages - 1)) * page_nbytes - at
@@ -84,8 +87,7 @@ def _products(kv_type, rows, columns):
                     values = at + k * wide * size
                     if rows <= 4:
                         prefetch(values + ahead)
-                    y = weights + (i * PAGE + k) * 4
-                    tile = add(tile, load(values), y, SCORES_NBYTES)
+                    tile = add(tile, load(values), y, (i * PAGE + k) * 4)
             store(to + c * 4, to_stride, tile)
 
     return score, weigh

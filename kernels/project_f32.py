@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from .blocks import FORMATS
-from .epilogue import finish, finish2
+from .epilogue import SUMS_NBYTES, TILE, finish, finish_tile
 from .formats import LOADS
 from .simd import *
 from .simd import inline
+from .tiles import tile_load, tile_operations, tile_rows
 
-TILE = 4
-"""From this many tokens on a panel pays; its tile is 16 rows x 6 tokens."""
+load_row = tile_load("f32", 2)
+rows_at = tile_rows(TILE)
+zero, add, _, store = tile_operations(TILE, 2)
 
 
 def strip_functions(format_name):
@@ -57,72 +59,32 @@ def strip_functions(format_name):
     def batch(
         out, out_stride, y, y_stride, count, packed, group, n_blocks, scratch, residual, bias, row
     ):
+        panel = scratch + SUMS_NBYTES
         for pair in range(2):  # the panel: 16 rows, column by column
             for half in range(2):
                 w = packed + (2 * pair + half) * group
                 for block in range(n_blocks):
                     for k in range(8):
                         v = load4(w, block, k)
-                        at = scratch + half * 32 + (block * 32 + k * 4) * 64
+                        at = panel + half * 32 + (block * 32 + k * 4) * 64
                         store_f32x8(at, v[0])
                         store_f32x8(at + 64, v[1])
                         store_f32x8(at + 128, v[2])
                         store_f32x8(at + 192, v[3])
-            for t in range(0, count, 6):
-                multiply_f32(
-                    out + t * out_stride + pair * 64, out_stride, y + t * y_stride, y_stride,
-                    scratch, n_blocks * 32, min(6, count - t), residual, bias, row + pair * 16,
+            for t in range(0, count, TILE):
+                start = min(t, count - TILE)
+                x = rows_at(y + start * y_stride, y_stride)
+                sums = zero()
+                for k in range(0, n_blocks * 32, 4):
+                    for i in range(k, k + 4):  # unrolled: 7 % faster than one by one
+                        sums = add(sums, load_row(panel + i * 64), x, i * 4)
+                store(scratch, 64, sums)
+                finish_tile(
+                    out + start * out_stride + pair * 64, out_stride, scratch, t - start,
+                    residual, bias, row + pair * 16,
                 )  # fmt: skip
 
     return stream, batch
-
-
-@inline
-def multiply_f32(out, out_stride, x, x_stride, panel, n_cols, count, residual, bias, row):
-    """16 rows x up to 6 tokens: 12 sums, two weights and one broadcast in 16 registers."""
-    x1 = x + x_stride
-    x2 = x1 + x_stride
-    x3 = x2 + x_stride
-    x4 = x3 + x_stride
-    x5 = x4 + x_stride
-    a0 = b0 = c0 = d0 = e0 = f0 = zero_f32x8()
-    a1 = b1 = c1 = d1 = e1 = f1 = zero_f32x8()
-    if count == 6:
-        for k in range(n_cols):
-            u = load_f32x8(panel + k * 64)
-            v = load_f32x8(panel + k * 64 + 32)
-            y = broadcast_f32(x + k * 4)
-            a0 = fma(u, y, a0)
-            a1 = fma(v, y, a1)
-            y = broadcast_f32(x1 + k * 4)
-            b0 = fma(u, y, b0)
-            b1 = fma(v, y, b1)
-            y = broadcast_f32(x2 + k * 4)
-            c0 = fma(u, y, c0)
-            c1 = fma(v, y, c1)
-            y = broadcast_f32(x3 + k * 4)
-            d0 = fma(u, y, d0)
-            d1 = fma(v, y, d1)
-            y = broadcast_f32(x4 + k * 4)
-            e0 = fma(u, y, e0)
-            e1 = fma(v, y, e1)
-            y = broadcast_f32(x5 + k * 4)
-            f0 = fma(u, y, f0)
-            f1 = fma(v, y, f1)
-        finish2(out, a0, a1, residual, bias, row)
-        finish2(out + out_stride, b0, b1, residual, bias, row)
-        finish2(out + 2 * out_stride, c0, c1, residual, bias, row)
-        finish2(out + 3 * out_stride, d0, d1, residual, bias, row)
-        finish2(out + 4 * out_stride, e0, e1, residual, bias, row)
-        finish2(out + 5 * out_stride, f0, f1, residual, bias, row)
-    else:
-        for t in range(count):
-            a0 = a1 = zero_f32x8()
-            for k in range(n_cols):
-                y = broadcast_f32(x + t * x_stride + k * 4)
-                a0 = fma(load_f32x8(panel + k * 64), y, a0)
-                a1 = fma(load_f32x8(panel + k * 64 + 32), y, a1)
-            finish2(out + t * out_stride, a0, a1, residual, bias, row)
 
 
 def row_function(format_name):

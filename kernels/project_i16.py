@@ -9,14 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import FORMATS
-from .epilogue import finish2
+from .epilogue import SUMS_NBYTES, TILE, finish2, finish_tile
 from .formats import LOADS
 from .layout import I16_NBYTES
 from .simd import *
 from .simd import inline
+from .tiles import tile_load, tile_operations, tile_rows, word_tile_operations
 
-TILE = 6
-"""Tokens of a tile: 16 rows x 6 tokens are 12 sums, two weights and one activation in registers."""
+load_row, zero, add, add_floats = word_tile_operations(TILE, 2)
+zero_sums, _, _, store = tile_operations(TILE, 2)
+load_scales = tile_load("f32", 2)
+rows_at = tile_rows(TILE)
 
 _PANEL_NBYTES = 1088  # of 16 rows x 32 columns: words (16, 16 rows, 2 columns) | d f32 (16,)
 
@@ -61,7 +64,7 @@ def strip_functions(format_name):
     def batch(
         out, out_stride, y, y_stride, count, packed, group, n_blocks, scratch, residual, bias, row
     ):
-        panel = scratch + 512  # before it: the sums of a tile
+        panel = scratch + SUMS_NBYTES
         for pair in range(2):
             for half in range(2):
                 w = packed + (2 * pair + half) * group
@@ -73,9 +76,12 @@ def strip_functions(format_name):
                         store_words16(to + 512 + k * 64, widen_i8(high))
                     store_f32x8(to + 1024, scale(w, block))
             for t in range(0, count, TILE):
-                multiply(
-                    out + t * out_stride + pair * 64, out_stride, y + t * y_stride, y_stride,
-                    panel, n_blocks, min(TILE, count - t), scratch, residual, bias, row + pair * 16,
+                start = min(t, count - TILE)
+                sums = multiply(y + start * y_stride, y_stride, panel, n_blocks)
+                store(scratch, 64, sums)
+                finish_tile(
+                    out + start * out_stride + pair * 64, out_stride, scratch, t - start,
+                    residual, bias, row + pair * 16,
                 )  # fmt: skip
 
     return stream, batch
@@ -87,87 +93,18 @@ def two(acc, weights, low, high):
 
 
 @inline
-def add_block(sums, u, v, u_scale, v_scale, y):
-    """Add a block of 16 rows of one token to its sums in memory."""
-    yd = broadcast_f32(y + 64)
-    store_f32x8(sums, fma(to_f32(u), u_scale * yd, load_f32x8(sums)))
-    store_f32x8(sums + 32, fma(to_f32(v), v_scale * yd, load_f32x8(sums + 32)))
-
-
-@inline
-def multiply(out, out_stride, y, y_stride, panel, n_blocks, count, sums, residual, bias, row):
-    """16 rows x up to 6 tokens."""
-    for i in range(0, count * 64, 32):
-        store_f32x8(sums + i, zero_f32x8())
-    if count == TILE:
-        y1 = y + y_stride
-        y2 = y1 + y_stride
-        y3 = y2 + y_stride
-        y4 = y3 + y_stride
-        y5 = y4 + y_stride
-        for _ in range(n_blocks):
-            au = av = zero_i32x8()
-            bu = bv = zero_i32x8()
-            cu = cv = zero_i32x8()
-            du = dv = zero_i32x8()
-            eu = ev = zero_i32x8()
-            fu = fv = zero_i32x8()
-            for i in range(16):
-                u = load_words16(panel + i * 64)
-                v = load_words16(panel + i * 64 + 32)
-                z = broadcast_pair(y + i * 4)
-                au = words_add(au, u, z)
-                av = words_add(av, v, z)
-                z = broadcast_pair(y1 + i * 4)
-                bu = words_add(bu, u, z)
-                bv = words_add(bv, v, z)
-                z = broadcast_pair(y2 + i * 4)
-                cu = words_add(cu, u, z)
-                cv = words_add(cv, v, z)
-                z = broadcast_pair(y3 + i * 4)
-                du = words_add(du, u, z)
-                dv = words_add(dv, v, z)
-                z = broadcast_pair(y4 + i * 4)
-                eu = words_add(eu, u, z)
-                ev = words_add(ev, v, z)
-                z = broadcast_pair(y5 + i * 4)
-                fu = words_add(fu, u, z)
-                fv = words_add(fv, v, z)
-            u_scale = load_f32x8(panel + 1024)
-            v_scale = load_f32x8(panel + 1056)
-            add_block(sums + 0, au, av, u_scale, v_scale, y)
-            add_block(sums + 64, bu, bv, u_scale, v_scale, y1)
-            add_block(sums + 128, cu, cv, u_scale, v_scale, y2)
-            add_block(sums + 192, du, dv, u_scale, v_scale, y3)
-            add_block(sums + 256, eu, ev, u_scale, v_scale, y4)
-            add_block(sums + 320, fu, fv, u_scale, v_scale, y5)
-            panel += _PANEL_NBYTES
-            y += I16_NBYTES
-            y1 += I16_NBYTES
-            y2 += I16_NBYTES
-            y3 += I16_NBYTES
-            y4 += I16_NBYTES
-            y5 += I16_NBYTES
-    else:
-        for t in range(count):
-            at = panel
-            x = y + t * y_stride
-            for _ in range(n_blocks):
-                au = av = zero_i32x8()
-                for i in range(16):
-                    z = broadcast_pair(x + i * 4)
-                    au = words_add(au, load_words16(at + i * 64), z)
-                    av = words_add(av, load_words16(at + i * 64 + 32), z)
-                add_block(
-                    sums + t * 64, au, av, load_f32x8(at + 1024), load_f32x8(at + 1056), x
-                )  # fmt: skip
-                at += _PANEL_NBYTES
-                x += I16_NBYTES
-    for t in range(count):
-        at = sums + t * 64
-        finish2(
-            out + t * out_stride, load_f32x8(at), load_f32x8(at + 32), residual, bias, row
-        )  # fmt: skip
+def multiply(y, y_stride, panel, n_blocks):
+    """16 rows x 6 tokens: a tile of sums."""
+    sums = zero_sums()
+    for _ in range(n_blocks):
+        x = rows_at(y, y_stride)
+        tile = zero()
+        for k in range(16):
+            tile = add(tile, load_row(panel + k * 64), x, k * 4)
+        sums = add_floats(sums, tile, load_scales(panel + 1024), rows_at(y + 64, y_stride))
+        panel += _PANEL_NBYTES
+        y += I16_NBYTES
+    return sums
 
 
 def row_function(format_name):

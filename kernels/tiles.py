@@ -1,7 +1,7 @@
 """Tiles: rows x columns of sums in registers, a column being 8 floats wide.
 
 A tile passes between kernel functions as one value; its operations are made for a shape, so that all
-products over keys, values and weights in floats read alike: a loop of `add(tile, load(b), a, stride)`.
+products over keys, values and weights read alike: a loop of `add(tile, load(b), rows, offset)`.
 Sixteen registers hold 12 sums and what is being multiplied, if the tile has at most two columns: LLVM
 loads all columns of a row before it uses them.
 """
@@ -12,14 +12,17 @@ from llvmlite import ir
 from numba import types
 
 from . import vectors
-from .emit import f32, i8, i16, i64, load, splat_value, store, vector
+from .emit import f32, i8, i16, i32, i64, load, pointer, splat_value, store, vector
 from .vectors import Vec, operation
 
 _tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
+_int_tiles = {n: Vec(f"IntTile{n}", ir.ArrayType(vector(i32, 8), n)) for n in range(1, 13)}
+_word_rows = {n: Vec(f"WordRow{n}", ir.ArrayType(vector(i16, 16), n)) for n in range(1, 3)}
+_rows = {n: Vec(f"Rows{n}", ir.ArrayType(i8.as_pointer(), n)) for n in range(1, 13)}
 
 
 def _as_tile(builder, values):
-    tile = ir.Constant(ir.ArrayType(vector(f32, 8), len(values)), ir.Undefined)
+    tile = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
     for i, value in enumerate(values):
         tile = builder.insert_value(tile, value, i)
     return tile
@@ -47,23 +50,51 @@ def tile_load(kind, columns):
     return operation(_tiles[columns], emit)
 
 
-def tile_operations(rows, columns):
-    """Return zero(), add(tile, row, at, stride), add_scaled(tile, other, row), store(to, stride, tile).
+def tile_rows(rows):
+    """Return rows(at, stride): where the rows of a tile begin, to be made before the loop that adds.
 
-    `add` adds the products of a row with the floats at `at`, `at + stride` ..., one for each row of
-    the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
+    LLVM may not know how they follow from each other: it would make each from the one before, in every
+    round, where a register for each costs nothing.
+    """
+
+    def emit(builder, at, stride):
+        starts = [pointer(builder, at, i8)]
+        for _ in range(1, rows):
+            starts.append(builder.gep(starts[-1], [stride]))
+        nothing = ir.InlineAsm(ir.FunctionType(starts[0].type, [starts[0].type]), "", "=r,0")
+        return _as_tile(builder, [builder.call(nothing, [start]) for start in starts])
+
+    return operation(_rows[rows], emit)
+
+
+def _load_at(builder, row, offset, ir_type):
+    at = builder.bitcast(builder.gep(row, [offset]), ir_type.as_pointer())
+    return builder.load(at, align=1)
+
+
+def _add_products(multiply_add, element):
+    """Return add(tile, row, rows, offset) for one kind of elements."""
+
+    def add(builder, tile, row, rows, offset):
+        sums, row = _values(builder, tile), _values(builder, row)
+        for r, at in enumerate(_values(builder, rows)):
+            y = splat_value(builder, _load_at(builder, at, offset, element), 8)
+            for c, w in enumerate(row):
+                i = r * len(row) + c
+                sums[i] = multiply_add(builder, w, y, sums[i])
+        return _as_tile(builder, sums)
+
+    return add
+
+
+def tile_operations(rows, columns):
+    """Return zero(), add(tile, row, rows, offset), add_scaled(tile, other, row), store(to, stride, tile).
+
+    `add` adds the products of a row with the floats that lie `offset` bytes into `rows`, one for each
+    row of the tile; `add_scaled` adds another tile, every row of it multiplied with a row.
     """
     tile_type = _tiles[rows * columns]
-
-    def add(builder, tile, row, at, stride):
-        sums, row = _values(builder, tile), _values(builder, row)
-        for r in range(rows):
-            y = splat_value(builder, load(builder, at, f32), 8)
-            for c in range(columns):
-                i = r * columns + c
-                sums[i] = vectors.lowering.fma(builder, row[c], y, sums[i])
-            at = builder.add(at, stride)
-        return _as_tile(builder, sums)
+    add = _add_products(lambda b, w, y, acc: vectors.lowering.fma(b, w, y, acc), f32)
 
     def add_scaled(builder, tile, other, row):
         row = _values(builder, row)
@@ -85,4 +116,37 @@ def tile_operations(rows, columns):
         operation(tile_type, add),
         operation(tile_type, add_scaled),
         operation(types.void, store_rows),
+    )
+
+
+def word_tile_operations(rows, columns):
+    """Return load(address), zero(), add(tile, row, rows, offset), add_floats(sums, tile, scales, rows).
+
+    The tile's sums are integers; `add` is as above, with pairs of words for floats.  `add_floats` adds
+    such a tile to one of floats: each sum times its column's scale and the float where its row begins.
+    """
+    tile_type = _int_tiles[rows * columns]
+
+    def load_row(builder, address):
+        at = [builder.add(address, i64(32 * c)) for c in range(columns)]
+        return _as_tile(builder, [load(builder, a, vector(i16, 16)) for a in at])
+
+    def multiply_add(builder, w, y, acc):
+        return vectors.lowering.words_add(builder, acc, w, builder.bitcast(y, vector(i16, 16)))
+
+    def add_floats(builder, sums, tile, scales, rows):
+        sums, tile, scales = (_values(builder, v) for v in (sums, tile, scales))
+        for r, at in enumerate(_values(builder, rows)):
+            y = splat_value(builder, _load_at(builder, at, i64(0), f32), 8)
+            for c, scale in enumerate(scales):
+                i = r * columns + c
+                value = builder.sitofp(tile[i], vector(f32, 8))
+                sums[i] = vectors.lowering.fma(builder, value, builder.fmul(scale, y), sums[i])
+        return _as_tile(builder, sums)
+
+    return (
+        operation(_word_rows[columns], load_row),
+        operation(tile_type, lambda b: ir.Constant(tile_type.ir_type, None)),
+        operation(tile_type, _add_products(multiply_add, i32)),
+        operation(_tiles[rows * columns], add_floats),
     )

@@ -91,8 +91,10 @@ def test_images_refuse_what_they_cannot_resolve() -> None:
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
-def project(format_name: str, raw: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """x (T, n_cols) times the rows of `raw` (n_rows, row bytes), through the kernels."""
+def project(
+    format_name: str, raw: np.ndarray, x: np.ndarray, residual: np.ndarray | None = None
+) -> np.ndarray:
+    """x (T, n_cols) times the rows of `raw` (n_rows, row bytes), plus a residual, by the kernels."""
     format_ = FORMATS[format_name]
     (n_tokens, n_cols), n_rows = x.shape, len(raw)
     names = [f"repack.repack[{format_name}]", f"matmul.project[{format_name}]"]
@@ -102,7 +104,7 @@ def project(format_name: str, raw: np.ndarray, x: np.ndarray) -> np.ndarray:
     packed = pack_rows(pack, format_name, raw, n_cols)
     n_blocks = n_cols // 32
     y = np.zeros((n_tokens, n_blocks * layout.ACTIVATION_NBYTES[format_.activation]), np.uint8)
-    out = np.zeros((n_tokens, n_rows), np.float32)
+    out = np.zeros((n_tokens, n_rows), np.float32) if residual is None else residual.copy()
     table = np.zeros((2, layout.RECORD_NBYTES // 8), np.int64)
     if len(names) == 3:
         team.fill_record(
@@ -115,7 +117,7 @@ def project(format_name: str, raw: np.ndarray, x: np.ndarray) -> np.ndarray:
         table[1], pack[names[1]],
         {"out": out.ctypes.data, "out_stride": out.strides[0], "x": source.ctypes.data,
          "x_stride": source.strides[0], "w": packed.ctypes.data, "bias": 0, "n_blocks": n_blocks,
-         "n_strips": n_rows // STRIP, "per_part": 1, "residual": 0},
+         "n_strips": n_rows // STRIP, "per_part": 1, "residual": int(residual is not None)},
         parts=n_rows // STRIP, tokens=1 << 30, wait=1,
     )  # fmt: skip
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
@@ -151,3 +153,16 @@ def test_largest_codes_times_largest_activations(format_name: str, sign: float) 
     assert (np.abs(out - exact) / scale).max() < 3e-6
     assert (out == out[0]).all()  # tiles and tails alike
     assert np.array_equal(project(format_name, raw, x[:1])[0], out[0])
+
+
+@pytest.mark.parametrize("format_name", ["f16", "q8_0", "q4_1"])
+def test_rests_of_tiles_take_the_residual_once(format_name: str) -> None:
+    rng = np.random.default_rng(1)
+    raw = random_blocks(format_name, 2 * STRIP, 512, rng)
+    x = rng.standard_normal((19, 512)).astype(np.float32)
+    residual = rng.standard_normal((19, 2 * STRIP)).astype(np.float32)
+    each = np.vstack(
+        [project(format_name, raw, x[i : i + 1], residual[i : i + 1]) for i in range(19)]
+    )
+    for n in (5, 6, 7, 8, 11, 19):
+        assert np.array_equal(project(format_name, raw, x[:n], residual[:n]), each[:n]), n
