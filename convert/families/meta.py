@@ -19,7 +19,7 @@ from .plan import TensorMap
 _KNOWN = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of",
     "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor",
-    "vocab_size", "sliding_window", "max_seq_len", "shared_classifier", "max_batch_size",
+    "vocab_size", "sliding_window", "max_seq_len", "shared_classifier", "max_batch_size", "version",
 }  # fmt: skip
 
 
