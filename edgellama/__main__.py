@@ -1,5 +1,5 @@
 """`python -m edgellama` is the `edgellama` command."""
 
-from edgellama.cli import main
+from edgellama.cli import process
 
-main()
+process()

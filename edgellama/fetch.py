@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from edgellama.errors import DownloadError, ModelFileError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from urllib.request import OpenerDirector
+    from urllib.request import OpenerDirector, Request
 
 TIMEOUT_S = 30.0
 PATIENCE = 5  # tries in a row that bring nothing new
@@ -162,10 +162,11 @@ def _append_members(
 
 
 # --- URLs -----------------------------------------------------------------------------------------
-def from_url(url: str, path: Path, sha256: str = "") -> None:
+def from_url(url: str, path: Path, sha256: str = "", *, is_gguf: bool = True) -> None:
     """Put the file at `url` at `path`, going on where an earlier try stopped.
 
-    The caller holds the lock of `path`.  Raises: DownloadError, OSError.
+    The caller holds the lock of `path`, and looks into the file himself if it is not GGUF.
+    Raises: DownloadError, OSError.
     """
     from http.client import HTTPException
     from urllib.error import HTTPError
@@ -199,7 +200,7 @@ def from_url(url: str, path: Path, sha256: str = "") -> None:
             time.sleep(PAUSE_S * 2 ** (fruitless - 1))
     else:
         raise DownloadError(_stopped(url, f"the connection broke {_MOST_TRIES} times"))
-    _check(url, path, [sha256, *linked])
+    _check(url, path, [sha256, *linked], is_gguf)
     os.replace(part, path)
     _tag(path).unlink(missing_ok=True)
 
@@ -209,7 +210,8 @@ def _stopped(url: str, reason: str) -> str:
 
 
 def _refusal(url: str, code: int, reason: str) -> str:
-    hint = {401: "; it is private or asks for a licence to be accepted", 404: "; check the name"}
+    private = "; it is private or asks for a licence to be accepted (HF_TOKEN is sent if set)"
+    hint = {401: private, 404: "; check the name"}
     reason = " ".join(reason.split())
     return f"{url} answered {code} {reason}{hint.get(401 if code == 403 else code, '')}"
 
@@ -218,8 +220,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check(url: str, path: Path, digests: list[str]) -> None:
-    """Delete the .part file and raise unless it is a sound GGUF file with these digests."""
+def _check(url: str, path: Path, digests: list[str], is_gguf: bool) -> None:
+    """Delete the .part file and raise unless it has these digests, and is a sound GGUF file."""
     from edgellama.gguf import open_gguf
 
     part = _part(path)
@@ -231,7 +233,8 @@ def _check(url: str, path: Path, digests: list[str]) -> None:
                     seen.update(chunk)
             for wanted in filter(None, digests):
                 _verify(url, seen.hexdigest(), wanted)
-        if not re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):  # a part cannot be read alone
+        a_part = re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name)  # which cannot be read alone
+        if is_gguf and not a_part:
             with suppress(UnsupportedModelError):
                 open_gguf(part).close()
     except (DownloadError, ModelFileError) as error:
@@ -261,9 +264,21 @@ def _opener(linked: list[str]) -> OpenerDirector:
             tag = headers.get("X-Linked-ETag", "").strip('"')
             if re.fullmatch(r"[0-9a-f]{64}", tag):
                 linked.append(tag)
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
+            request = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if request is not None:
+                _authorize(request)
+            return request
 
     return build_opener(Redirects)
+
+
+def _authorize(request: Request) -> None:
+    """Show HF_TOKEN to Hugging Face, and to no server that it redirects to."""
+    from edgellama.catalog import hugging_face
+
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and request.full_url.startswith(hugging_face() + "/"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
 
 
 def _fetch(opener: OpenerDirector, url: str, path: Path, *, trusted: bool) -> None:
@@ -284,7 +299,9 @@ def _fetch(opener: OpenerDirector, url: str, path: Path, *, trusted: bool) -> No
         headers["Range"] = f"bytes={have}-"
     if "Range" in headers and tag:
         headers["If-Range"] = tag
-    with opener.open(Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+    request = Request(url, headers=headers)
+    _authorize(request)
+    with opener.open(request, timeout=TIMEOUT_S) as answer:
         have = have if answer.status == 206 else 0
         try:
             total = _total(answer.headers, have, partial=answer.status == 206)

@@ -37,11 +37,20 @@ def gated(name):
     return operation
 
 
-def add(step, part, first, count, scratch, out, x, y, stride):
-    """out = x + y."""
+def add(step, part, first, count, scratch, out, x, y, stride, factor: float):
+    """out = x + y * factor."""
+    f = splat_f32(factor)
     for t in range(first, first + count):
         for i in range(t * stride, (t + 1) * stride, 32):
-            store_f32x8(out + i, load_f32x8(x + i) + load_f32x8(y + i))
+            store_f32x8(out + i, fma(load_f32x8(y + i), f, load_f32x8(x + i)))
+
+
+def scale(step, part, first, count, scratch, x, stride, factor: float):
+    """x = x * factor, in place."""
+    f = splat_f32(factor)
+    for t in range(first, first + count):
+        for i in range(t * stride, (t + 1) * stride, 32):
+            store_f32x8(x + i, load_f32x8(x + i) * f)
 
 
 def take(step, part, first, count, scratch, out, x, stride):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .image import ExecutableMemory
-from .targets import TARGETS, Target
+from .targets import TARGETS, Target, host_machine
 
 _SOURCES = Path(__file__).parent
 _COMMON = ("step", "part", "first", "count", "scratch")
@@ -95,7 +95,7 @@ def object_path(name: str, target: Target, directory: Path) -> Path:
     digest = hashlib.sha256()
     for module_ in (module, "compiler", "link", target.lowering.partition(".")[0]):
         digest.update(_source_hash(module_))
-    made_for = (target.triple, target.cpu, target.features, target.lowering)
+    made_for = (target.triple, target.cpu, target.feature_string, target.lowering)
     digest.update(repr((name, made_for, _convention(target), _tool_versions())).encode())
     stem = function if variant is None else f"{function}_{variant}"
     return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.bin"
@@ -176,23 +176,28 @@ def _entry(name: str) -> tuple[Any, list[str], list[str]]:
     return space["entry"], arguments, floats
 
 
-def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
-    """Compile one operation for one tier.
+def compile_module(name: str, target: Target) -> tuple[dict[str, Any], Any, Any]:
+    """Compile one operation for one tier: (header, LLVM target machine, optimised module).
 
-    Raises: BuildError when it would need a symbol from outside.
+    The environment must name the tier's CPU to Numba before it is imported (`builder_environment`).
     """
     import importlib
 
     import llvmlite.binding as llvm
     from numba import int64, njit, void
+    from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
 
-    from . import simd
-    from .link import LinkError, flatten
+    from . import calls, vectors
+
+    # Nothing runs in this process, whose CPU may not have the tier's instructions.
+    JITCodeLibrary._finalize_specific = lambda library: None
+    JITCodeLibrary.get_pointer_to_function = lambda library, name: library._ensure_finalized() or 0
+    JITCPUCodegen.set_env = lambda codegen, name, environment: None
 
     module_name, _, class_name = target.lowering.partition(".")
     lowering = importlib.import_module(f"{__package__}.{module_name}")
-    simd.lowering = getattr(lowering, class_name)
-    simd.system_convention = _convention(target)
+    vectors.lowering = getattr(lowering, class_name)
+    calls.system_convention = _convention(target)
 
     function, arguments, floats = _entry(name)
     is_operation = function.__name__ == "entry"
@@ -218,7 +223,12 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=True
+        cpu=target.cpu,
+        features=target.feature_string,
+        opt=3,
+        reloc="pic",
+        codemodel="small",
+        jit=True,
     )
     text = re.sub(r'target triple = "[^"]*"', f'target triple = "{target.triple}"', text)
     layout = f'target datalayout = "{machine.target_data}"'
@@ -231,11 +241,23 @@ def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
             global_.linkage = "internal"
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
+    header = {"name": name, "entry": symbol, "arguments": arguments, "floats": floats}
+    return header, machine, module
+
+
+def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
+    """Compile one operation for one tier: header and image.
+
+    Raises: BuildError when it would need a symbol from outside.
+    """
+    from .link import LinkError, flatten
+
+    header, machine, module = compile_module(name, target)
     try:
-        image, entry = flatten(machine.emit_object(module), symbol)
+        image, entry = flatten(machine.emit_object(module), header["entry"])
     except LinkError as error:
         raise BuildError(f"{name} for {target.name}: {error}") from error
-    return {"name": name, "entry": entry, "arguments": arguments, "floats": floats}, image
+    return header | {"entry": entry}, image
 
 
 def serve_builds() -> None:
@@ -250,6 +272,17 @@ def serve_builds() -> None:
         except Exception as error:
             answer = {"name": name, "error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
+
+
+def builder_environment(target: Target) -> dict[str, str]:
+    """Environment of a process that compiles for a tier."""
+    at_home = target.machine == host_machine()
+    return os.environ | {
+        "NUMBA_CPU_NAME": target.cpu if at_home else "generic",
+        "NUMBA_CPU_FEATURES": target.feature_string if at_home else "",
+        "NUMBA_OPT": "1",  # the module is optimised once, by compile_module
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
 
 
 def build(
@@ -267,12 +300,7 @@ def build(
     queue = sorted(names, key=lambda name: not name.startswith(("matmul", "attention")))
     lock = threading.Lock()
     problems: list[str] = []
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": target.cpu if target.machine == "x86_64" else "generic",
-        "NUMBA_CPU_FEATURES": target.features if target.machine == "x86_64" else "",
-        "NUMBA_OPT": "1",  # the module is optimised once, by build_object
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
+    environment = builder_environment(target)
     program = f"from {__package__}.compiler import serve_builds; serve_builds()"
     workers: list[subprocess.Popen[str]] = []
 

@@ -1,42 +1,22 @@
 """Lowering that runs anywhere LLVM does: the operations of `simd.py` whose best form depends on the CPU.
 
 Each function takes an IR builder and values and returns a value.  Other tiers override what they do
-better (`x86.py`).  Nothing here may become a call to a C library: objects have no external symbols.
+better (`x86.py`, `arm.py`).  Nothing here may become a call to a C library: objects have no external symbols.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-i8, i16, i32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-f32 = ir.FloatType()
-
-
-def vector(element: ir.Type, lanes: int) -> ir.VectorType:
-    return ir.VectorType(element, lanes)
-
-
-def splat(element: ir.Type, lanes: int, value: float) -> ir.Constant:
-    return ir.Constant(vector(element, lanes), [value] * lanes)
-
-
-def shuffle(builder: ir.IRBuilder, value: ir.Value, lanes: list[int]) -> ir.Value:
-    return builder.shuffle_vector(value, value, ir.Constant(vector(i32, len(lanes)), lanes))
-
-
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    """Call an LLVM intrinsic."""
-    function_type = ir.FunctionType(result, [arg.type for arg in args])
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, function_type, name)
-    return builder.call(function, args)
+from .emit import broadcast4, call, f16, f32, i8, i16, i32, i64, shuffle, splat, vector
 
 
 class Generic:
     """Plain IR. Sums of products accumulate in i32 (`pairs` is <8 x i32>)."""
 
     pairs_type = vector(i32, 8)
+    four_hold_bits = 7
+    """Codes of so many bits may be added to `pairs` four times."""
 
     @staticmethod
     def pairs_add(builder, acc, w, y):
@@ -51,6 +31,24 @@ class Generic:
     @staticmethod
     def pairs_sum(builder, acc):
         return acc
+
+    @staticmethod
+    def columns4(builder, address):
+        """16 bytes of activations, four for all rows at a time."""
+        return [broadcast4(builder, builder.add(address, i64(4 * i))) for i in range(4)]
+
+    @classmethod
+    def dot16(cls, builder, weights, address, bits):
+        """Four byte vectors times 16 bytes at an address: for 8 rows the sum over 16 columns."""
+        activations = cls.columns4(builder, address)
+        at_once = 4 if bits <= cls.four_hold_bits else 2
+        sums = []
+        for i in range(0, 4, at_once):
+            acc = ir.Constant(cls.pairs_type, None)
+            for w, y in list(zip(weights, activations, strict=True))[i : i + at_once]:
+                acc = cls.pairs_add(builder, acc, w, y)
+            sums.append(cls.pairs_sum(builder, acc))
+        return sums[0] if at_once == 4 else builder.add(*sums)
 
     @staticmethod
     def words_add(builder, acc, w, y):
@@ -106,3 +104,19 @@ class Generic:
     @staticmethod
     def pause(builder):
         builder.fence("seq_cst")
+
+
+class Native(Generic):
+    """For CPUs that fuse multiplication and addition, and convert f16."""
+
+    @staticmethod
+    def fma(builder, a, b, c):
+        return call(builder, "llvm.fma.v8f32", vector(f32, 8), a, b, c)
+
+    @staticmethod
+    def f16_to_f32(builder, bits):
+        return builder.fpext(builder.bitcast(bits, vector(f16, 8)), vector(f32, 8))
+
+    @staticmethod
+    def f32_to_f16(builder, value):
+        return builder.bitcast(builder.fptrunc(value, vector(f16, 8)), vector(i16, 8))

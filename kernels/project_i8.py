@@ -15,37 +15,13 @@ TILE = 8
 """Tokens of a tile: 8 rows x 8 tokens x 16 columns keep weights and sums in 16 registers."""
 
 
-def dot_function(bits):
-    """Sum of q*y over 16 columns, within the i16 budget that `bits` allows (simd.py)."""
-    if bits <= 5:
-
-        @inline
-        def dot(a, b, c, d, y):
-            s = pairs_add(pairs_zero(), a, broadcast4(y))
-            s = pairs_add(s, b, broadcast4(y + 4))
-            s = pairs_add(s, c, broadcast4(y + 8))
-            s = pairs_add(s, d, broadcast4(y + 12))
-            return pairs_sum(s)
-    else:
-
-        @inline
-        def dot(a, b, c, d, y):
-            s = pairs_add(pairs_zero(), a, broadcast4(y))
-            s = pairs_add(s, b, broadcast4(y + 4))
-            t = pairs_add(pairs_zero(), c, broadcast4(y + 8))
-            t = pairs_add(t, d, broadcast4(y + 12))
-            return pairs_sum(s) + pairs_sum(t)
-
-    return dot
-
-
 def _block_functions(format_):
     """(step, unpack): how a block joins the sum, and how it is unpacked into a panel.
 
     A panel block of 8 rows: per 16 columns four byte vectors and their d, then the m of both.
     """
     load = format_.load
-    dot = dot_function(format_.bits)
+    dot = dot16(format_.bits)
     if format_.groups == 1:
 
         @inline
@@ -109,7 +85,7 @@ def strip_functions(format_name):
     """(stream, batch): a strip of 32 rows for one token from the packed form, and for many."""
     format_ = LOADS[format_name]
     load, accumulate, unpack, offset, panel_nbytes = _block_functions(format_)
-    dot = dot_function(format_.bits)
+    dot = dot16(format_.bits)
     block_nbytes = FORMATS[format_name].group_nbytes(256) // 8
     prefetch_ahead = 3072
 

@@ -1,7 +1,10 @@
 """The thread team: n-1 Python threads that live inside native code and serve launches.
 
-The caller is thread 0. Between launches a worker spins, then yields, then naps; after a second it
+The caller is thread 0. Between launches a worker spins, then yields or naps; after a second it
 returns to Python and sleeps on a semaphore at no cost.  How chunks are shared out is in `step.py`.
+
+A launch comes back to Python at least every `_LAUNCH_S`, where Ctrl-C and other signals are served: an
+exception leaves a team that does nothing, and can go on with something else.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 
@@ -21,15 +25,28 @@ from .compiler import Operation, Pack
 
 NAMES = ("step.launch", "step.work")
 _NAPS_BEFORE_PARKING = 10_000  # of 100 us
+_LAUNCH_S = 0.1
 
 
-def _system_waits() -> tuple[int, int, int]:
-    """Addresses of yield() and sleep(units), and the units of a nap of about 100 us."""
+def _system_waits() -> tuple[int, int, int, int]:
+    """Addresses of yield() and sleep(units), how often to yield before, and the units of a nap.
+
+    A nap of 100 us costs a waiting thread little, and on a busy machine it runs again as soon as it wakes,
+    where one that yields loses its turn: with a busy process on each core, decode keeps half of its
+    speed instead of two fifths.  Windows cannot sleep for less than a millisecond, so there it yields.
+    """
     if sys.platform == "win32":
         kernel = ctypes.WinDLL("kernel32")
-        return _address(kernel.SwitchToThread), _address(kernel.Sleep), 1
+        return _address(kernel.SwitchToThread), _address(kernel.Sleep), 2000, 1
     library = ctypes.CDLL(None)
-    return _address(library.sched_yield), _address(library.usleep), 100
+    return _address(library.sched_yield), _address(library.usleep), 0, 100
+
+
+def _system_clock(words: int) -> tuple[int, int, int]:
+    """A clock that writes to `words`: address, first argument, nanoseconds of the first word."""
+    if sys.platform == "win32":
+        return _address(ctypes.WinDLL("kernel32").QueryUnbiasedInterruptTime), words, 100
+    return _address(ctypes.CDLL(None).clock_gettime), time.CLOCK_MONOTONIC, 1_000_000_000
 
 
 def _address(function: object) -> int:
@@ -94,13 +111,16 @@ class Team:
         self._counters = np.zeros(0, np.int64)
         self._table: object = None
         self._retired: list[object] = []
-        waits = _system_waits()
         self._set(layout.TEAM_STEP, self._step.ctypes.data)
         self._set(layout.TEAM_SCRATCH, -(-self._scratch.ctypes.data // 64) * 64)
         self._set(layout.TEAM_SCRATCH_NBYTES, scratch_nbytes)
-        self._set(layout.TEAM_YIELD, waits[0])
-        self._set(layout.TEAM_SLEEP, waits[1])
-        self._set(layout.TEAM_SLEEP_UNITS, waits[2])
+        waits = layout.TEAM_YIELD, layout.TEAM_SLEEP, layout.TEAM_N_YIELDS, layout.TEAM_SLEEP_UNITS
+        for field, value in zip(waits, _system_waits(), strict=True):
+            self._set(field, value)
+        clock = layout.TEAM_CLOCK, layout.TEAM_CLOCK_ARGUMENT, layout.TEAM_CLOCK_UNIT
+        clock_words = self._words.ctypes.data + layout.TEAM_CLOCK_WORDS
+        for field, value in zip(clock, _system_clock(clock_words), strict=True):
+            self._set(field, value)
         self._start()
         _teams.add(self)
 
@@ -110,9 +130,8 @@ class Team:
     def _start(self) -> None:
         self._pid = os.getpid()
         self._set(layout.TEAM_STOP, 0)
-        self._wake = threading.Semaphore(0)
-        self._n_parked = 0
-        self._lock = threading.Lock()
+        self._parked: set[int] = set()
+        self._wake = [threading.Semaphore(0) for _ in range(self.n_threads)]
         self._threads = [
             threading.Thread(target=self._serve, args=(i,), daemon=True, name=f"edgellama-{i}")
             for i in range(1, self.n_threads)
@@ -123,14 +142,8 @@ class Team:
     def _serve(self, thread: int) -> None:
         address = self._words.ctypes.data
         while self._work(address, thread, _NAPS_BEFORE_PARKING) == 0:
-            epoch = self._words[0]
-            with self._lock:
-                self._n_parked += 1
-            if self._words[0] == epoch and not self._words[layout.TEAM_STOP // 8]:
-                self._wake.acquire()
-            else:
-                with self._lock:
-                    self._n_parked -= 1
+            self._parked.add(thread)
+            self._wake[thread].acquire()
 
     def use(self, table: np.ndarray) -> None:
         """Take the operation table (n, RECORD_NBYTES / 8) that launches run.
@@ -145,22 +158,46 @@ class Team:
         self._set(layout.TEAM_COUNTERS, -(-self._counters.ctypes.data // 64) * 64)
         self._set(layout.TEAM_TABLE, table.ctypes.data)
 
-    def run(self, step: np.ndarray, first: int, last: int) -> None:
-        """Run operations [first, last) of the table on a step, on all threads."""
+    def run(self, step: np.ndarray, first: int, last: int, n_threads: int | None = None) -> bool:
+        """Run operations [first, last) of the table on a step, on all threads or so many.
+
+        Returns False when `abort` ended it.  It, or an exception of a signal's, leaves a part undone.
+        """
         if self._pid != os.getpid():
             self._start()
-        if self._n_parked:
-            with self._lock:
-                n, self._n_parked = self._n_parked, 0
-            if n > 0:
-                self._wake.release(n)
-        self._launch(self._words.ctypes.data, step.ctypes.data, first, last)
+        n_threads = n_threads or self.n_threads
+        self._set(layout.TEAM_N_ACTIVE, n_threads)
+        resumes = 0
+        while True:
+            for thread in tuple(self._parked):
+                if thread < n_threads:
+                    self._parked.discard(thread)
+                    self._wake[thread].release()
+            first = self._launch(
+                self._words.ctypes.data,
+                step.ctypes.data,
+                first,
+                last,
+                resumes,
+                int(_LAUNCH_S * 1e9),
+            )
+            if first == last:
+                return True
+            if self._words[layout.TEAM_ABORT // 8]:
+                self._set(layout.TEAM_ABORT, 0)
+                return False
+            resumes = 1
+
+    def abort(self) -> None:
+        """End what another thread runs, or if none does, the next run."""
+        self._set(layout.TEAM_ABORT, 1)
 
     def close(self) -> None:
         """Stop and join the threads."""
         self._set(layout.TEAM_STOP, 1)
         if self._pid == os.getpid():
-            self._wake.release(self.n_threads)
+            for wake in self._wake:
+                wake.release()
             for thread in self._threads:
                 thread.join()
         self._threads = []

@@ -11,9 +11,9 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from . import simd
-from .generic import f32, i8, i16, vector
-from .simd import Vec, _load, _op0, _op1, _op3, _op4, _splat_value, _store, i64
+from . import vectors
+from .emit import f32, i8, i16, i64, load, splat_value, store, vector
+from .vectors import Vec, operation
 
 _tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
 
@@ -30,9 +30,9 @@ def _values(builder, tile):
 
 
 _KINDS = {
-    "f32": (4, lambda b, a: _load(b, a, vector(f32, 8))),
-    "f16": (2, lambda b, a: simd.lowering.f16_to_f32(b, _load(b, a, vector(i16, 8)))),
-    "i8": (1, lambda b, a: b.sitofp(_load(b, a, vector(i8, 8)), vector(f32, 8))),
+    "f32": (4, lambda b, a: load(b, a, vector(f32, 8))),
+    "f16": (2, lambda b, a: vectors.lowering.f16_to_f32(b, load(b, a, vector(i16, 8)))),
+    "i8": (1, lambda b, a: b.sitofp(load(b, a, vector(i8, 8)), vector(f32, 8))),
 }
 
 
@@ -44,7 +44,7 @@ def tile_load(kind, columns):
         at = [builder.add(address, i64(8 * nbytes * c)) for c in range(columns)]
         return _as_tile(builder, [load(builder, a) for a in at])
 
-    return _op1(_tiles[columns], emit)
+    return operation(_tiles[columns], emit)
 
 
 def tile_operations(rows, columns):
@@ -58,10 +58,10 @@ def tile_operations(rows, columns):
     def add(builder, tile, row, at, stride):
         sums, row = _values(builder, tile), _values(builder, row)
         for r in range(rows):
-            y = _splat_value(builder, _load(builder, at, f32), 8)
+            y = splat_value(builder, load(builder, at, f32), 8)
             for c in range(columns):
                 i = r * columns + c
-                sums[i] = simd.lowering.fma(builder, row[c], y, sums[i])
+                sums[i] = vectors.lowering.fma(builder, row[c], y, sums[i])
             at = builder.add(at, stride)
         return _as_tile(builder, sums)
 
@@ -69,15 +69,20 @@ def tile_operations(rows, columns):
         row = _values(builder, row)
         pairs = zip(_values(builder, other), _values(builder, tile), strict=True)
         sums = [
-            simd.lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)
+            vectors.lowering.fma(builder, v, row[i % columns], s) for i, (v, s) in enumerate(pairs)
         ]
         return _as_tile(builder, sums)
 
-    def store(builder, to, stride, tile):
+    def store_rows(builder, to, stride, tile):
         for i, value in enumerate(_values(builder, tile)):
-            _store(builder, builder.add(to, i64(i % columns * 32)), value)
+            store(builder, builder.add(to, i64(i % columns * 32)), value)
             if i % columns == columns - 1:
                 to = builder.add(to, stride)
 
-    zero = _op0(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
-    return zero, _op4(tile_type, add), _op3(tile_type, add_scaled), _op3(types.void, store)
+    zero = operation(tile_type, lambda b: ir.Constant(tile_type.ir_type, None))
+    return (
+        zero,
+        operation(tile_type, add),
+        operation(tile_type, add_scaled),
+        operation(types.void, store_rows),
+    )

@@ -1,16 +1,18 @@
-"""Lowerings for x86-64: AVX2 with FMA and F16C, and AVX-512 VNNI on 256-bit registers."""
+"""Lowerings for x86-64: AVX2 with FMA and F16C, and VNNI, as AVX-VNNI or AVX-512, on 256-bit registers."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from .generic import Generic, call, f32, i8, i16, i32, splat, vector
+from .emit import call, i8, i16, i32, splat, vector
+from .generic import Native
 
 
-class AVX2(Generic):
-    """vpmaddubsw keeps `pairs` in i16, so the caller bounds how many may be added (see `simd.py`)."""
+class AVX2(Native):
+    """vpmaddubsw keeps `pairs` in i16, so the caller bounds how many may be added (see `integers.py`)."""
 
     pairs_type = vector(i16, 16)
+    four_hold_bits = 5
 
     @staticmethod
     def pairs_add(builder, acc, w, y):
@@ -26,18 +28,6 @@ class AVX2(Generic):
         return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", vector(i32, 8), w, y))
 
     @staticmethod
-    def fma(builder, a, b, c):
-        return call(builder, "llvm.fma.v8f32", vector(f32, 8), a, b, c)
-
-    @staticmethod
-    def f16_to_f32(builder, bits):
-        return builder.fpext(builder.bitcast(bits, vector(ir.HalfType(), 8)), vector(f32, 8))
-
-    @staticmethod
-    def f32_to_f16(builder, value):
-        return builder.bitcast(builder.fptrunc(value, vector(ir.HalfType(), 8)), vector(i16, 8))
-
-    @staticmethod
     def table16(builder, table, index):
         return call(builder, "llvm.x86.ssse3.pshuf.b.128", vector(i8, 16), table, index)
 
@@ -46,10 +36,14 @@ class AVX2(Generic):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType())
 
 
-class AVX512VNNI(AVX2):
-    """vpdpbusd sums four products into i32 at once: no i16 in between, half the instructions."""
+class VNNI(AVX2):
+    """vpdpbusd sums four products into i32 at once: no i16 in between, half the instructions.
+
+    LLVM names one intrinsic for both encodings; the tier's features choose between them.
+    """
 
     pairs_type = vector(i32, 8)
+    four_hold_bits = 7
 
     @staticmethod
     def pairs_add(builder, acc, w, y):

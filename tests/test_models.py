@@ -97,7 +97,7 @@ def test_rows_dequantize_to_the_bit(tmp_path, format_name):
     import gguf as reference
 
     from edgellama.kernels import layout, targets, team
-    from edgellama.runtime.engine import load_pack
+    from edgellama.runtime.packs import load_pack
 
     if targets.detect().lowering.startswith("generic"):
         pytest.skip("the generic tier has no fused multiply-add: its last bit may differ")

@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from checkpoints import config_of, make_checkpoint, random_weights, write_gguf
 from make_gguf import make_model
 from raw_gguf import *
 
+from edgellama.convert.families import plan
 from edgellama.errors import EdgeLlamaError
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
@@ -135,3 +137,17 @@ def test_mutants(arch, vocabulary, seed, tmp_path):
         stages[survive(path, run=i % 10 == 0)] += 1
     assert stages["opened"] > N_MUTANTS // 4  # the rest was read and refused later, or is sound
     assert stages["sound"] + stages["run"] > N_MUTANTS // 20
+
+
+@pytest.mark.parametrize("family", ["phi4-mini", "stablelm-12b", "olmo3", "granite"])
+def test_mutants_of_families(family, tmp_path):
+    """What their files hold beside Llama's: stacks, divisors, norms of heads, patterns, multipliers."""
+    rng = random.Random(family)
+    config = config_of(family) | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    checkpoint = make_checkpoint(config, random_weights(config))
+    path = write_gguf(tmp_path / "m.gguf", plan(checkpoint))
+    whole, pieces = path.read_bytes(), dismantle(path)
+    assert survive(path, run=True) == "run"
+    for i in range(N_MUTANTS // 4):
+        path.write_bytes(flipped(rng, whole) if i % 2 else rebuilt(rng, pieces))
+        survive(path, run=i % 10 == 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import numpy as np
 import pytest
 from make_gguf import spm_vocabulary
+from tokenizers import models
 
 from edgellama.chat import ChatTemplate
 from edgellama.errors import EdgeLlamaError, ModelFileError, TemplateError, UsageError
@@ -126,6 +128,33 @@ def test_odd_vocabularies_that_work():
         assert tokenizer.decode(ids) == text
     tokenizer = load_tokenizer(spm_metadata(padding_token_id=-1))
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_merging_is_the_tokenizers_librarys():
+    """Random vocabularies, in which merges overlap, repeat and cannot all be reached."""
+    rng = random.Random(1)
+    n_merged = 0
+    for _ in range(200):
+        tokens, merges = list("abc"), []
+        for _ in range(rng.randrange(1, 60)):
+            pair = (rng.choice(tokens), rng.choice(tokens))
+            merges.append(pair)
+            tokens.append("".join(pair))
+        rng.shuffle(merges)
+        tokens = list(dict.fromkeys(tokens))
+        ids = {token: i for i, token in enumerate([*BYTES, *tokens[3:]])}
+        library = models.BPE(vocab=ids, merges=list(dict.fromkeys(merges)))
+        ours = load_tokenizer(
+            bpe_metadata(
+                tokens=list(ids), token_type=None, merges=[" ".join(pair) for pair in merges]
+            )
+        )
+        for _ in range(10):
+            text = "".join(rng.choices("abcd", k=rng.randrange(1, 30)))
+            expected = [token.id for token in library.tokenize(text)]
+            assert ours.encode(text) == expected, (text, merges)
+            n_merged += len(expected) < len(text)
+    assert n_merged > 500
 
 
 def test_a_million_merges_of_one_pair():

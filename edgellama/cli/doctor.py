@@ -42,7 +42,8 @@ def doctor(model: str | None, offline: bool) -> None:
         "processors": f"{os.cpu_count()}, of which {len(cpu.allowed_cpus())} allowed on "
         f"{cpu.n_allowed_cores()} cores"
         + (f"; the control group grants {quota:g}" if quota else ""),
-        "threads": f"{cpu.n_usable_cores()} by default",
+        "threads": f"{cpu.n_usable_cores()} cores to use; {_list(cpu.thread_counts())} to choose from, "
+        "measured for every model",
         "memory": f"{_gigabytes(total)}, {_gigabytes(available)} available"
         + (f"; the control group grants {_gigabytes(limit)}" if limit else ""),
         "home": str(catalog.home()),
@@ -71,20 +72,31 @@ def _measured(path: Path | None) -> dict[str, str]:
     if path is None:
         return rows
     from edgellama.gguf import open_gguf
+    from edgellama.kernels import targets
     from edgellama.models.config import read_config
     from edgellama.runtime.cost import CostModel
+    from edgellama.runtime.tuning import Tuning
 
     with open_gguf(path) as gguf:
         costs = CostModel(gguf, read_config(gguf), "f16")
+    threads = Tuning(costs.program, targets.detect().name, cpu.thread_counts()).recall()
     decode, prefill = costs.step(0, 1), costs.step(0, _N_PROMPT)
     return rows | {
         "model": str(path),
+        "its threads": "measured when it is first used, or by edgellama warmup"
+        if threads is None
+        else f"{threads.decode} for decode, {threads.prefill} for prefill",
         "decode": f"at most {ceilings.read / decode.nbytes:.0f} tokens/s: a step reads "
         f"{decode.nbytes / 1e6:.1f} MB",
         "prefill": f"at most {_N_PROMPT / ceilings.shortest_s(prefill):.0f} tokens/s: a token of "
         f"{_N_PROMPT} takes "
         + ", ".join(f"{n / _N_PROMPT / 1e6:.1f} M of {f}" for f, n in prefill.macs.items() if n),
     }
+
+
+def _list(numbers: list[int]) -> str:
+    *rest, last = (str(number) for number in numbers)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def _version(library: str) -> str:
@@ -113,15 +125,26 @@ _INTERESTING = frozenset({
 @click.option("--target", "tier", metavar="TIER", help="Build for another CPU tier.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 def warmup(model: str | None, tier: str | None, offline: bool) -> None:
-    """Build the kernels that MODEL needs, for this machine or another tier."""
+    """Build the kernels that MODEL needs and measure how many threads it should run on.
+
+    For another tier than this machine's, kernels are all there is to make ready.
+    """
     from edgellama.gguf import open_gguf
     from edgellama.kernels import targets
     from edgellama.models.config import read_config
-    from edgellama.runtime.engine import prepare_pack
+    from edgellama.runtime.engine import Engine
+    from edgellama.runtime.packs import prepare_pack
 
     if tier is not None and tier not in targets.TARGETS:
         raise UsageError(f"no tier is called {tier!r}; tiers: {', '.join(targets.TARGETS)}")
     target = targets.TARGETS[tier] if tier else targets.detect()
     with open_gguf(catalog.resolve(model, offline=offline)) as gguf:
-        n_built = prepare_pack(gguf, read_config(gguf), target)
-    click.echo(f"{n_built} kernels built for {target.name}")
+        config = read_config(gguf)
+        n_built = prepare_pack(gguf, config, "f16", target)
+        click.echo(f"{n_built} kernels built for {target.name}")
+        if tier is not None:
+            return
+        engine = Engine(gguf, config, n_ctx=min(_N_PROMPT, config.context_length))
+        decode, prefill = engine.tune()
+        engine.close()
+    click.echo(f"threads: {decode} for decode, {prefill} for prefill")

@@ -56,7 +56,7 @@ class Part:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             os.close(handle)
-            raise ModelFileError(f"{path} is not a regular file; a GGUF file is needed")
+            raise ModelFileError(f"{path} is not a regular file; a model file is needed")
         self.size = status.st_size
         self._file = io.FileIO(handle)
         self._lock = threading.Lock()  # one position for all threads

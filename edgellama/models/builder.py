@@ -1,7 +1,7 @@
 """The words in which a forward pass is written: unfused operations over named tensors.
 
-A family's `forward` (llama.py, gemma.py) calls these; the result is a list of nodes in order.
-`edgellama/runtime/program.py` fuses them, lays out memory and writes the table the kernels run.
+A family's `forward` (llama.py and its neighbours) calls these; the result is a list of nodes in order.
+`edgellama/runtime/lowering.py` fuses them into the records of a program, which the kernels run.
 Rows are tokens: a tensor is (T, width) float32, and after `take` (wanted rows, width).
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from edgellama.gguf import TensorInfo
 
-from .config import ModelConfig, RopeConfig
+from .config import ModelConfig
+from .rope import RopeConfig
 
 
 @dataclass(eq=False, slots=True)
@@ -65,6 +66,17 @@ class Builder:
             name=weight,
         )  # fmt: skip
 
+    def layer_norm(self, x: Tensor, weight: str, head_size: int = 0) -> Tensor:
+        """(x - mean) / deviation * weight, plus the bias where the file has one.
+
+        Over whole rows, or over each head of `head_size` with weights of its own.
+        """
+        bias = f"{weight}.bias" if f"{weight}.bias" in self.tensors else ""
+        return self._emit(
+            "layer_norm", (x,), x.width, weight=f"{weight}.weight", bias=bias,
+            group=head_size or x.width, name=weight,
+        )  # fmt: skip
+
     def linear(self, x: Tensor, weight: str) -> Tensor:
         """x @ W^T, plus the bias where the file has one."""
         bias = f"{weight}.bias" if f"{weight}.bias" in self.tensors else ""
@@ -90,9 +102,13 @@ class Builder:
         """f(gate) * up, f being silu or gelu."""
         return self._emit("gated", (gate, up), gate.width, function=function)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The residual sum."""
-        return self._emit("add", (x, y), x.width)
+    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """The residual sum x + y * scale."""
+        return self._emit("add", (x, y), x.width, scale=scale)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """x * factor."""
+        return self._emit("scale", (x,), x.width, factor=factor)
 
     def take(self, x: Tensor) -> Tensor:
         """Keep only the rows whose logits are wanted."""

@@ -6,27 +6,18 @@ Kernels do not check bounds: what `read_config` returns is what makes that safe.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS
 
-
-class RopeConfig(NamedTuple):
-    """How positions rotate: which dimensions pair up, at which frequencies."""
-
-    kind: str  # "norm": neighbours, "neox": halves
-    n_dims: int
-    freq_base: float
-    scaling: str = "none"  # or linear, yarn
-    factor: float = 1.0
-    original_context: int = 0
-    ext_factor: float = 1.0
-    attn_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    freq_factors: str = ""  # tensor of divisors
+from .architectures import ARCHITECTURES, Architecture
+from .keys import INT32_MAX, Keys
+from .rope import RopeConfig, read_rope
+from .stacked import flatten_vectors, split_projections
 
 
 class ModelConfig(NamedTuple):
@@ -45,71 +36,19 @@ class ModelConfig(NamedTuple):
     norm_eps: float
     rope: RopeConfig
     rope_local: RopeConfig | None
-    sliding_window: int
-    window_pattern: int
+    windows: tuple[int, ...]  # of each layer: positions that a token sees, 0 for all before it
+    norms: frozenset[str]  # of each layer
     attention_scale: float
     attn_softcap: float
     final_softcap: float
     embedding_scale: float
+    residual_scale: float
+    logit_scale: float
     tied: bool
 
-
-class _Family(NamedTuple):
-    """What differs between architectures."""
-
-    rope_kind: str
-    gemma: bool = False
-
-
-_INT32_MAX = (1 << 31) - 1
-_BASES = (2.0, 1e12)  # of the angles of rope: above 1, whose logarithm yarn divides by
-_FACTORS = (1e-6, 1e6)
-_FAMILIES = {"llama": _Family("norm"), "gemma3": _Family("neox", gemma=True)}
-
-
-class _Keys:
-    """Metadata of one architecture, read with type and range checks."""
-
-    def __init__(self, gguf: GGUFFile, arch: str) -> None:
-        self.metadata = gguf.metadata
-        self.file = gguf.path.name
-        self.arch = arch
-
-    def has(self, key: str) -> bool:
-        """Whether the file has the key."""
-        return f"{self.arch}.{key}" in self.metadata
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.metadata.get(f"{self.arch}.{key}", default)
-        if value is None:
-            raise ModelFileError(f"{self.file}: {self.arch}.{key} is missing")
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number in a range, which a default must keep to as well."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {shown(value)}; one integer is needed"
-            )
-        if not low <= value <= high:
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value}; it must be {low} to {high}"
-            )
-        return value
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A number in a range, which no NaN and no infinity is."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {shown(value)}; a number is needed"
-            )
-        if not low <= value <= high:
-            raise ModelFileError(
-                f"{self.file}: {self.arch}.{key} is {value}; it must be {low:g} to {high:g}"
-            )
-        return float(value)
+    def rope_of(self, layer: int) -> RopeConfig:
+        """How positions rotate in a layer."""
+        return self.rope_local if self.rope_local and self.windows[layer] else self.rope
 
 
 def read_config(gguf: GGUFFile) -> ModelConfig:
@@ -122,18 +61,23 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         raise ModelFileError(
             f"{gguf.path.name}: general.architecture is missing or no string: this is no model"
         )
-    family = _FAMILIES.get(arch)
+    family = ARCHITECTURES.get(arch)
     if family is None:
-        known = ", ".join(sorted(_FAMILIES))
+        known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"{gguf.path.name} is a model of architecture {shown(arch)}; edgellama runs: {known}"
         )
-    k = _Keys(gguf, arch)
+    k = Keys(gguf, arch, family.defaults)
     n_experts = k.integer("expert_count", 0, 1 << 16, 0)
     k.integer("expert_used_count", 0, n_experts, 0)
     if n_experts > 0:
         raise UnsupportedModelError(
             f"{gguf.path.name} is a mixture of experts, which is not supported"
+        )
+    if k.metadata.get(f"{arch}.rope.scaling.finetuned") is False and family.multipliers:
+        raise UnsupportedModelError(
+            f"{gguf.path.name}: {arch}.rope.scaling.finetuned is False: a Granite without positions "
+            "is not supported"
         )
     n_layers = k.integer("block_count", 1, 512)
     width = k.integer("embedding_length", 1, 1 << 20)
@@ -154,7 +98,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path.name}: heads of {head_size} with values of another size, or no multiple "
             "of 8, are not supported"
         )
-    rope, rope_local = _rope(gguf, k, family, head_size)
+    rope, rope_local = read_rope(gguf, k, family, head_size)
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
@@ -176,9 +120,14 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path.name}: {arch}.vocab_size is {declared} but token_embd.weight has "
             f"{n_vocab} rows"
         )
-    gemma = family.gemma
     name = gguf.metadata.get("general.name")
-    has_window = k.has("attention.sliding_window")
+    ffn_width = k.integer("feed_forward_length", 1, 1 << 22)
+    q, kv = n_heads * head_size, n_kv_heads * head_size
+    split_projections(gguf, n_layers, width, "attn_qkv", {"attn_q": q, "attn_k": kv, "attn_v": kv})
+    if family.stacked_ffn:
+        halves = {"ffn_gate": ffn_width, "ffn_up": ffn_width}
+        split_projections(gguf, n_layers, width, "ffn_up", halves)
+    flatten_vectors(gguf, n_layers, head_size, ("attn_q_norm", "attn_k_norm"))
     config = ModelConfig(
         arch=arch,
         name=name if isinstance(name, str) and name.isprintable() else gguf.path.stem,
@@ -187,82 +136,69 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_size=head_size,
-        ffn_width=k.integer("feed_forward_length", 1, 1 << 22),
+        ffn_width=ffn_width,
         n_vocab=n_vocab,
-        context_length=k.integer("context_length", 1, _INT32_MAX),
-        norm_eps=k.number("attention.layer_norm_rms_epsilon", 1e-20, 1.0),
+        context_length=k.integer("context_length", 1, INT32_MAX),
+        norm_eps=k.number(family.eps, 1e-20, 1.0),
         rope=rope,
         rope_local=rope_local,
-        sliding_window=k.integer("attention.sliding_window", 1, _INT32_MAX) if has_window else 0,
-        window_pattern=6 if gemma else 0,
-        attention_scale=1.0 / math.sqrt(head_size),
-        attn_softcap=_soft_cap(k, "attn_logit_softcapping") if gemma else 0.0,
-        final_softcap=_soft_cap(k, "final_logit_softcapping") if gemma else 0.0,
-        embedding_scale=math.sqrt(width) if gemma else 1.0,
+        windows=_windows(k, family, n_layers),
+        norms=frozenset(
+            norm
+            for norm in family.norms
+            if norm not in family.optional or f"blk.0.{norm}.weight" in gguf.tensors
+        ),
+        attention_scale=_attention_scale(k, family, n_layers, head_size, width // n_heads),
+        attn_softcap=_factor(k, "attn_logit_softcapping", 0.0) if family.soft_caps else 0.0,
+        final_softcap=_factor(k, "final_logit_softcapping", 0.0) if family.soft_caps else 0.0,
+        embedding_scale=(
+            math.sqrt(width) if family.embedding_by_width
+            else _factor(k, "embedding_scale", 1.0) if family.multipliers else 1.0
+        ),
+        residual_scale=_factor(k, "residual_scale", 1.0) if family.multipliers else 1.0,
+        logit_scale=1.0 / k.number("logit_scale", 1e-3, 1e6) if family.multipliers else 1.0,
         tied="output.weight" not in gguf.tensors,
-    )
+    )  # fmt: skip
     check_tensors(gguf, config)
     return config
 
 
-def _soft_cap(k: _Keys, key: str) -> float:
-    return k.number(key, 1e-3, 1e6) if k.has(key) else 0.0
+def _factor(k: Keys, key: str, default: float) -> float:
+    return k.number(key, 1e-3, 1e6) if k.has(key) else default
 
 
-def _rope(
-    gguf: GGUFFile, k: _Keys, family: _Family, head_size: int
-) -> tuple[RopeConfig, RopeConfig | None]:
-    n_dims = k.integer("rope.dimension_count", 2, head_size, head_size)
-    if n_dims % 2:
-        raise ModelFileError(
-            f"{k.file}: {k.arch}.rope.dimension_count is {n_dims}; it must be even"
-        )
-    base = k.number("rope.freq_base", *_BASES, 10000.0)
-    scaling = gguf.metadata.get(f"{k.arch}.rope.scaling.type", "none")
-    factor = k.number("rope.scale_linear", *_FACTORS, 1.0)
-    factor = k.number("rope.scaling.factor", *_FACTORS, factor)
-    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(
-            f"{k.file}: {k.arch}.rope.scaling.type is {shown(scaling)}; none, linear and yarn are "
-            "known"
-        )
-    if scaling == "none" and factor != 1.0:
-        scaling = "linear"
-    attn_factor = k.number("rope.scaling.yarn_attn_factor", *_FACTORS, 1.0)
-    factors = ""
-    info = gguf.tensors.get("rope_freqs.weight")
-    if info is not None:
-        if info.type_name != "f32" or info.shape != (n_dims // 2,):
+def _windows(k: Keys, family: Architecture, n_layers: int) -> tuple[int, ...]:
+    """How many positions a token of each layer sees; 0: all before it."""
+    if not k.has("attention.sliding_window"):
+        return (0,) * n_layers
+    window = k.integer("attention.sliding_window", 0, INT32_MAX)
+    every = family.global_every
+    pattern = k.metadata.get(f"{k.arch}.attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        pattern = pattern.tolist()
+    if isinstance(pattern, list):
+        if len(pattern) != n_layers or not all(isinstance(local, bool) for local in pattern):
             raise ModelFileError(
-                f"{k.file}: rope_freqs.weight is {info.type_name} {list(info.shape)}; "
-                f"f32 [{n_dims // 2}] is needed"
+                f"{k.file}: {k.arch}.attention.sliding_window_pattern has {len(pattern)} entries; "
+                f"a boolean for each of {n_layers} layers is needed"
             )
-        divisors = gguf.data("rope_freqs.weight").view("<f4")
-        if not all(math.isfinite(d) and d > 0 for d in divisors.tolist()):
-            raise ModelFileError(f"{k.file}: rope_freqs.weight holds a divisor that is not above 0")
-        factors = "rope_freqs.weight"
-    rope = RopeConfig(
-        kind=family.rope_kind,
-        n_dims=n_dims,
-        freq_base=base,
-        scaling=scaling,
-        factor=factor,
-        original_context=k.integer(
-            "rope.scaling.original_context_length", 1, _INT32_MAX,
-            k.integer("context_length", 1, _INT32_MAX),
-        ),
-        ext_factor=k.number("rope.scaling.yarn_ext_factor", 0.0, 1.0, 1.0),
-        attn_factor=k.number("rope.scaling.attn_factor", *_FACTORS, attn_factor),
-        beta_fast=k.number("rope.scaling.yarn_beta_fast", *_FACTORS, 32.0),
-        beta_slow=k.number("rope.scaling.yarn_beta_slow", *_FACTORS, 1.0),
-        freq_factors=factors,
-    )  # fmt: skip
-    local = (
-        RopeConfig("neox", n_dims, k.number("rope.freq_base_swa", *_BASES, 10000.0))
-        if family.gemma
-        else None
-    )
-    return rope, local
+        return tuple(window if local else 0 for local in pattern)
+    if pattern is not None:
+        every = k.integer("attention.sliding_window_pattern", 0, 512)
+    return tuple(0 if every and (i + 1) % every == 0 else window for i in range(n_layers))
+
+
+def _attention_scale(
+    k: Keys, family: Architecture, n_layers: int, head_size: int, width_per_head: int
+) -> float:
+    """What scores are multiplied with: 1 / sqrt(E), but for the largest Gemmas, or as the file says.
+
+    Files of Gemma 2 and 3 27B do not say that theirs is 1 / sqrt(D / H): one knows them by their
+    number of layers.
+    """
+    by_width = n_layers == family.layers_scaled_by_width
+    default = 1.0 / math.sqrt(width_per_head if by_width else head_size)
+    return _factor(k, "attention.scale", default)
 
 
 def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
@@ -270,14 +206,12 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
 
     Raises: ModelFileError naming the tensor and both shapes.
     """
+    family = ARCHITECTURES[c.arch]
     q, kv = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
-    needed: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (c.width, c.n_vocab),
-        "output_norm.weight": (c.width,),
-    }
+    needed: dict[str, tuple[int, ...]] = {"token_embd.weight": (c.width, c.n_vocab)}
     if not c.tied:
         needed["output.weight"] = (c.width, c.n_vocab)
-    matrices: dict[str, tuple[int, int]] = {
+    matrices: dict[str, tuple[int, ...]] = {
         "attn_q": (c.width, q),
         "attn_k": (c.width, kv),
         "attn_v": (c.width, kv),
@@ -286,18 +220,20 @@ def check_tensors(gguf: GGUFFile, c: ModelConfig) -> None:
         "ffn_up": (c.width, c.ffn_width),
         "ffn_down": (c.ffn_width, c.width),
     }
-    vectors = {"attn_norm": c.width, "ffn_norm": c.width}
-    if _FAMILIES[c.arch].gemma:
-        vectors |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
-        vectors |= {"attn_q_norm": c.head_size, "attn_k_norm": c.head_size}
+    sizes = {"width": c.width, "head": c.head_size, "q": q, "k": kv}
+    vectors = {"output_norm": c.width}
     for layer in range(c.n_layers):
-        for part, (n_cols, n_rows) in matrices.items():
-            needed[f"blk.{layer}.{part}.weight"] = (n_cols, n_rows)
+        for part, shape in matrices.items():
+            needed[f"blk.{layer}.{part}.weight"] = shape
             if f"blk.{layer}.{part}.bias" in gguf.tensors:
-                needed[f"blk.{layer}.{part}.bias"] = (n_rows,)
-        for part, size in vectors.items():
-            needed[f"blk.{layer}.{part}.weight"] = (size,)
-    extra = next((n for n in gguf.tensors if n not in needed and n != c.rope.freq_factors), None)
+                needed[f"blk.{layer}.{part}.bias"] = shape[1:]
+        vectors |= {f"blk.{layer}.{norm}": sizes[family.norms[norm]] for norm in c.norms}
+    for name, size in vectors.items():
+        needed[f"{name}.weight"] = (size,)
+        if family.norm_biases and f"{name}.bias" in gguf.tensors:
+            needed[f"{name}.bias"] = (size,)
+    ropes = (c.rope.freq_factors, c.rope.freq_factors_long)
+    extra = next((n for n in gguf.tensors if n not in needed and n not in ropes), None)
     if extra is not None:
         raise UnsupportedModelError(
             f"{gguf.path.name}: tensor {shown(extra)} has no place in a {c.arch} model of "

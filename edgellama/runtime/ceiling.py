@@ -14,7 +14,7 @@ from edgellama.errors import OutOfMemoryError
 from edgellama.kernels import layout, targets, team
 
 from .cost import FORMS, Cost
-from .engine import load_pack
+from .packs import load_pack
 
 _BUFFER_NBYTES = 256 << 20  # beyond every cache
 _BUDGET_S = 0.25  # of each measurement

@@ -15,10 +15,10 @@ import numpy as np
 from edgellama.gguf import GGUFFile
 from edgellama.kernels.blocks import FORMATS, padded
 from edgellama.kernels.layout import PAGE, kv_page_nbytes
-from edgellama.models import FAMILIES, Builder
 from edgellama.models.config import ModelConfig
 
-from .program import Program, Record, Weight
+from .lowering import compile_program
+from .program import Record, Weight
 
 FORMS = ("f32", "i16", "i8")
 """Forms of activations, from slow to fast."""
@@ -51,8 +51,7 @@ class CostModel:
         self._config = config
         self._tensors = gguf.tensors
         self._page_nbytes = kv_page_nbytes(kv_type, config.head_size)
-        builder = Builder(config, gguf.tensors)
-        self.program = Program(builder, FAMILIES[config.arch](builder), kv_type)
+        self.program = compile_program(config, gguf.tensors, kv_type)
         attends = [r for r in self.program.records if r.operation.startswith("attention.attend")]
         self._windows = Counter(_window(record) for record in attends)
         self._without_attention = cache(self._count_without_attention)

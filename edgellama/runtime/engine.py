@@ -1,8 +1,9 @@
 """The engine: runs steps of token ids and returns logits. It knows nothing of text.
 
-A step takes up to `n_batch` tokens of one or more sequences. A native call is kept near 0.15 s by
-running the table in pieces of measured length, so that Ctrl-C and `abort` are seen between them; an
-interrupted step leaves every sequence as it was.
+A step takes up to `n_batch` tokens of one or more sequences: their arrays are staged, the body of the
+program runs, their pages are committed, and the head runs for the rows whose logits are wanted.  Ctrl-C,
+`abort` and `close` end it between two chunks of an operation (`kernels/team.py`); every sequence is
+then as it was.
 """
 
 from __future__ import annotations
@@ -11,46 +12,47 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 
-from edgellama.catalog import home
-from edgellama.cpu import n_usable_cores
+from edgellama.cpu import MAX_THREADS, thread_counts
 from edgellama.errors import (
     ContextOverflowError,
     EdgeLlamaError,
-    KernelError,
     OutOfMemoryError,
     UsageError,
 )
 from edgellama.gguf import GGUFFile
-from edgellama.kernels import layout, targets, team
-from edgellama.kernels.compiler import BuildError, Pack, build, missing_objects
-from edgellama.models import FAMILIES, Builder
-from edgellama.models.config import ModelConfig, RopeConfig
+from edgellama.kernels import targets, team
+from edgellama.models.config import ModelConfig
+from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
 from .kvcache import PAGE, KVCache, Sequence
-from .program import Program
+from .lowering import compile_program
+from .packs import load_pack
 from .rope import rope_table
+from .step import StepArrays
+from .tuning import N_PREFILL, Threads, Tuning
 from .weights import Weights
 
 KV_TYPES = ("f16", "f32", "q8_0")
 _N_OUT = 32  # rows of logits that the arena holds; more are asked for in blocks
-_CALL_S, _OPERATION_S = 0.15, 0.25
-_MANY_TOKENS = 32
+_TUNING_MACS = (1e8, 1e7)  # of a token, in decode (60 MB of weights) and in prefill
 
 
 class Aborted(EdgeLlamaError):
-    """`Engine.abort` was called while a step ran."""
+    """`abort` or `close` ended a step."""
 
 
 class Engine:
     """A loaded model: weights, cache, threads.
 
+    `on_loading` is called when the next thing is native: reading and packing the weights.
     Raises: UsageError for an argument out of range, KernelError when kernels cannot be built,
     OutOfMemoryError.
     """
@@ -65,35 +67,34 @@ class Engine:
         n_threads: int | None = None,
         kv_type: str = "f16",
         fuse: bool = True,
+        on_loading: Callable[[], None] = lambda: None,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"kv_type is {kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
         for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
-        if n_threads is None:
-            n_threads = n_usable_cores()
-        if not 1 <= n_threads <= 256:
-            raise UsageError(f"n_threads is {n_threads}; it must be between 1 and 256")
+        counts = thread_counts() if n_threads is None else [n_threads]
+        if not 1 <= counts[-1] <= MAX_THREADS:
+            raise UsageError(f"n_threads is {n_threads}; it must be between 1 and {MAX_THREADS}")
         self.config = config
         self.n_vocab = config.n_vocab
         self.n_ctx = n_ctx
         self.n_batch = min(n_batch, n_ctx)
-        self.n_threads = n_threads
         self._lock = threading.Lock()
         self._freed: deque[Sequence] = deque()
-        self._abort = False
+        self._owner: int | None = None  # thread that holds the lock
         self._closed = False
-        self._macs_per_s = 2e9 * n_threads
 
-        builder = Builder(config, gguf.tensors)
-        program = Program(builder, FAMILIES[config.arch](builder), kv_type, fuse=fuse)
-        self._pack = load_pack([*program.operations, *team.NAMES], targets.detect())
+        program = compile_program(config, gguf.tensors, kv_type, n_threads=counts[-1], fuse=fuse)
+        target = targets.detect()
+        self._pack = load_pack([*program.operations, *team.NAMES], target)
         total = sum(gguf.tensors[name].nbytes for name in program.weights)
         self._weights = Weights(gguf, program.weights, program.gathered, self.n_batch)
         scratch_nbytes = max(program.scratch_nbytes, self._weights.scratch_nbytes)
-        self._team = team.Team(self._pack, n_threads, scratch_nbytes)
+        self._team = team.Team(self._pack, counts[-1], scratch_nbytes)
         weakref.finalize(self, self._team.close)  # for those who forget to
+        on_loading()
         with progress("Loading weights", total) as advance:
             self._weights.load(self._pack, self._team, advance)
         n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes
@@ -121,28 +122,14 @@ class Engine:
             raise OutOfMemoryError(
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error
-        self._pieces_cost = [record.n_macs for record in program.records]
-        self.n_macs = sum(self._pieces_cost)  # of a token, without attention
-        self._out_of_head = [record.of_out_rows for record in program.records]
-        self._macs = np.array(
-            [(r.n_macs, r.n_position_macs, r.n_positions) for r in program.records], np.float64
-        ).T
-        self._of_out_rows = np.array([record.of_out_rows for record in program.records])
+        self.n_macs = sum(r.n_macs for r in program.records)  # of a token, without attention
         self._head_first = program.head_first
         self._n_records = len(program.records)
         self._team.use(self._bound.table)
-        self._step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
-        self._ids = np.zeros(self.n_batch, np.int32)
-        self._positions = np.zeros(self.n_batch, np.int32)
-        self._tables = np.zeros(self.n_batch, np.int64)
-        self._out_rows = np.zeros(self.n_batch, np.int32)
-        for field, array in (
-            (layout.STEP_IDS, self._ids),
-            (layout.STEP_POSITIONS, self._positions),
-            (layout.STEP_TABLES, self._tables),
-            (layout.STEP_OUT_ROWS, self._out_rows),
-        ):
-            self._step[field // 8] = array.ctypes.data
+        self._step = StepArrays(self.n_batch)
+        self._macs = np.cumsum([r.n_macs for r in program.records])
+        self._tuning = Tuning(program, target.name, counts)
+        self._threads = self._tuning.recall()
 
     # --- sequences --------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -170,10 +157,18 @@ class Engine:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One step, or one change of sequences, at a time."""
+        """One step, or one change of sequences, at a time, of an open model."""
         with self._lock:
-            self._forget_freed()
-            yield
+            if self._closed:
+                raise UsageError("the model is closed; open it again to use it")
+            self._owner = threading.get_ident()
+            try:
+                self._forget_freed()
+                yield
+            finally:
+                self._owner = None
+                if self._closed:
+                    self._release()
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Go back to the first `n_tokens` tokens; nothing is computed.
@@ -185,6 +180,57 @@ class Engine:
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
         with self._locked():
             self._cache.truncate(sequence, n_tokens)
+
+    def abort(self) -> None:
+        """End the running step from another thread, or if none runs, the next one.
+
+        It raises `Aborted`, and every sequence is as it was before.
+        """
+        self._team.abort()
+
+    def close(self) -> None:
+        """Stop the threads and free all memory; a step that runs elsewhere is aborted first."""
+        self._closed = True
+        self._team.abort()
+        # A signal's handler may come in the middle of a step of this very thread, which then frees.
+        if self._owner != threading.get_ident():
+            with self._lock:
+                self._release()
+
+    def _release(self) -> None:
+        self._team.close()
+        for name in ("_bound", "_weights", "_cache"):
+            self.__dict__.pop(name, None)
+
+    # --- threads ----------------------------------------------------------------------------------
+    @property
+    def n_threads(self) -> int:
+        """Most threads that a step runs on."""
+        return max(self._threads or self._tuning.default)
+
+    def tune(self) -> Threads:
+        """Measure how many threads are the fastest, and remember it; takes 0.1 to 0.2 s."""
+        with self._locked():
+            return self._tune()
+
+    def _tune(self) -> Threads:
+        sequence = self.new_sequence()
+
+        def run_s(is_prefill: bool, n_threads: int) -> float:
+            """Seconds of a step's first operations: of the whole body, or as many as are quick."""
+            n_tokens = min(N_PREFILL, self.n_batch) if is_prefill else 1
+            self._stage([(sequence, [0] * n_tokens)], [False])
+            last = int(np.searchsorted(self._macs, _TUNING_MACS[is_prefill])) + 1
+            start = time.perf_counter()
+            if not self._team.run(self._step.words, 0, min(last, self._head_first), n_threads):
+                raise Aborted("the step was aborted")
+            return time.perf_counter() - start
+
+        try:
+            self._threads = self._tuning.measure(run_s)
+        finally:
+            self._cache.truncate(sequence, 0)
+        return self._threads
 
     # --- evaluation -------------------------------------------------------------------------------
     def evaluate(self, sequence: Sequence, ids: SequenceOf[int]) -> np.ndarray:
@@ -215,7 +261,7 @@ class Engine:
             skip = 0 if sequence.tokens else self._cache.reuse_prefix(sequence, ids)
             pending.append((i, sequence, ids[skip:]))
         while pending:
-            room = self._room(pending)
+            room = self.n_batch
             taken: list[tuple[int, Sequence, SequenceOf[int], bool]] = []
             rest: list[tuple[int, Sequence, SequenceOf[int]]] = []
             for i, sequence, ids in pending:
@@ -253,7 +299,7 @@ class Engine:
             try:
                 start = 0
                 while start < len(ids):
-                    chunk = ids[start : start + self._room([(0, sequence, ids[start:])])]
+                    chunk = ids[start : start + self.n_batch]
                     self._stage([(sequence, chunk)], [True])
                     self._run(0, self._head_first)
                     self._cache.commit(sequence, chunk)
@@ -266,8 +312,6 @@ class Engine:
         return out
 
     def _check(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
-        if self._closed:
-            raise UsageError("the model is closed; open it again to use it")
         if len(ids) == 0:
             raise UsageError("no tokens were given; a step needs at least one")
         worst = [i for i in ids if not 0 <= i < self.n_vocab]
@@ -281,90 +325,34 @@ class Engine:
                 f"{n_tokens} tokens do not fit the context of {self.n_ctx}; "
                 "shorten the prompt or open the model with a larger n_ctx (-c)"
             )
-
-    def _room(self, pending: SequenceOf[tuple[int, Sequence, SequenceOf[int]]]) -> int:
-        """Tokens that the next step may take, so that its longest operation is a short call."""
-        depth = max(len(sequence.tokens) for _, sequence, _ in pending) + self.n_batch
-        longest = float(self._costs(depth).max())
-        n_tokens = int(_OPERATION_S * self._macs_per_s / longest)
-        return min(self.n_batch, max(_MANY_TOKENS, n_tokens))
+        if self._threads is None:  # not when it was opened: a tokenizer may be loading beside it
+            self._tune()
 
     def _stage(
         self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]], wants_last: SequenceOf[bool]
     ) -> list[int]:
         """Write the step's arrays; return the rows of the last tokens that are wanted."""
-        n = 0
-        wanted = []
-        every_id = [i for _, ids in batch for i in ids]
-        self._ids[: len(every_id)] = self._weights.gather(every_id)
-        for (sequence, ids), wants in zip(batch, wants_last, strict=True):
+        for sequence, ids in batch:
             self._cache.reserve(sequence, len(sequence.tokens) + len(ids))
-            rows = slice(n, n + len(ids))
-            start = len(sequence.tokens)
-            self._positions[rows] = np.arange(start, start + len(ids))
-            self._tables[rows] = sequence.table.ctypes.data
-            n += len(ids)
-            if wants:
-                wanted.append(n - 1)
-        self._step[layout.STEP_N_TOKENS // 8] = n
-        self._step[layout.STEP_N_OUT // 8] = 0
-        n_spans = int(self._positions[:n].max()) // layout.SPAN + 1
-        few = n <= layout.SPLIT_TOKENS and n * n_spans <= layout.SPLIT_ROWS
-        self._step[layout.STEP_N_SPANS // 8] = n_spans if few else 1
-        return wanted
+        rows = self._weights.gather([i for _, ids in batch for i in ids])
+        self._step.fill(rows, [(sequence, len(ids)) for sequence, ids in batch])
+        ends = accumulate(len(ids) for _, ids in batch)
+        return [end - 1 for end, wants in zip(ends, wants_last, strict=True) if wants]
 
     def _head(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, rows): logits of the wanted rows of this step, block by block."""
         n_out = len(self._bound.logits)
         for first in range(0, len(wanted), n_out):
             rows = wanted[first : first + n_out]
-            self._out_rows[: len(rows)] = rows
-            self._step[layout.STEP_N_OUT // 8] = len(rows)
+            self._step.want(rows)
             self._run(self._head_first, self._n_records)
             yield first, self._bound.logits[: len(rows), : self.n_vocab]
 
-    def _costs(self, depth: int) -> np.ndarray:
-        """Multiply-adds of every record per row, when a token sees `depth` positions."""
-        costs: np.ndarray = self._macs[0] + self._macs[1] * np.minimum(self._macs[2], depth)
-        return costs
-
     def _run(self, first: int, last: int) -> None:
-        """Run records [first, last) in calls of about `_CALL_S` seconds."""
-        n_tokens = int(self._step[layout.STEP_N_TOKENS // 8])
-        n_out = int(self._step[layout.STEP_N_OUT // 8])
-        depth = int(self._positions[:n_tokens].max()) + 1
-        costs = (
-            self._costs(depth)[first:last]
-            * np.where(self._of_out_rows, n_out, n_tokens)[first:last]
-        )
-        ends = np.cumsum(costs)
-        done = 0
-        while done < len(costs):
-            start_cost = ends[done] - costs[done]
-            n = int(np.searchsorted(ends, start_cost + self._macs_per_s * _CALL_S, side="right"))
-            n = max(n, done + 1)
-            if self._abort:
-                self._abort = False
-                raise Aborted("the step was aborted")
-            start = time.perf_counter()
-            self._team.run(self._step, first + done, first + n)
-            if n_tokens >= _MANY_TOKENS:  # a few are bound by memory
-                rate = (ends[n - 1] - start_cost) / (time.perf_counter() - start)
-                self._macs_per_s = 0.5 * self._macs_per_s + 0.5 * rate
-            done = n
-
-    def abort(self) -> None:
-        """Stop the running step from another thread; it raises `Aborted` and changes nothing."""
-        self._abort = True
-
-    def close(self) -> None:
-        """Stop the threads and free all memory."""
-        if self._closed:
-            return
-        with self._locked():
-            self._closed = True
-            self._team.close()
-            del self._bound, self._weights, self._cache
+        assert self._threads is not None, "a step begins with _check"
+        n_threads = self._threads.of_step(self._step.n_tokens)
+        if not self._team.run(self._step.words, first, last, n_threads):
+            raise Aborted("the model was closed" if self._closed else "the step was aborted")
 
     def profile_step(self, sequence: Sequence, ids: SequenceOf[int]) -> list[float]:
         """Append tokens to a sequence one operation at a time; seconds of each record of the table.
@@ -375,51 +363,11 @@ class Engine:
             raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
         with self._locked():
             self._check(sequence, ids)
-            (self._out_rows[0],) = self._stage([(sequence, ids)], [True])
-            self._step[layout.STEP_N_OUT // 8] = 1
+            self._step.want(self._stage([(sequence, ids)], [True]))
             times = []
             for i in range(self._n_records):
                 start = time.perf_counter()
-                self._team.run(self._step, i, i + 1)
+                self._run(i, i + 1)
                 times.append(time.perf_counter() - start)
             self._cache.commit(sequence, ids)
             return times
-
-
-# --- kernels --------------------------------------------------------------------------------------
-def load_pack(names: SequenceOf[str], target: targets.Target) -> Pack:
-    """Load operations for this CPU, building first those that are missing or damaged.
-
-    Raises: KernelError.
-    """
-    try:
-        pack = Pack(target, home() / "packs")
-        missing = pack.missing(names)
-        if missing:
-            _build(missing, target)
-        pack.load(names)
-    except (BuildError, RuntimeError, OSError) as error:
-        raise KernelError(f"kernels could not be prepared: {error}") from error
-    return pack
-
-
-def _build(names: SequenceOf[str], target: targets.Target) -> None:
-    title = f"Building kernels for {target.name} (once)"
-    with progress(title, len(names), unit="") as advance:
-        build(names, target, home() / "packs", n_processes=n_usable_cores(), advance=advance)
-
-
-def prepare_pack(gguf: GGUFFile, config: ModelConfig, target: targets.Target) -> int:
-    """Build what is missing of a model's kernels for any tier; return how many were built.
-
-    Raises: KernelError.
-    """
-    builder = Builder(config, gguf.tensors)
-    program = Program(builder, FAMILIES[config.arch](builder), KV_TYPES[0])
-    try:
-        missing = missing_objects([*program.operations, *team.NAMES], target, home() / "packs")
-        if missing:
-            _build(missing, target)
-    except (BuildError, OSError) as error:
-        raise KernelError(f"kernels could not be prepared: {error}") from error
-    return len(missing)

@@ -1,7 +1,8 @@
 """Tables of cosines and sines for rotary position embedding, with every scaling that files ask for.
 
 Sources: Su et al., RoFormer, 2021; Chen et al., Position Interpolation, 2023 (linear); Peng et al.,
-YaRN, 2023, section 3; Llama 3.1 comes as divisors in `rope_freqs.weight`.
+YaRN, 2023, section 3; Ding et al., LongRoPE, 2024, section 3, whose divisors (Phi-3's) depend on
+whether the context is longer than the original one; Llama 3.1 comes as divisors in `rope_freqs.weight`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import math
 import numpy as np
 
 from edgellama.gguf import GGUFFile
-from edgellama.models.config import RopeConfig
+from edgellama.models.rope import RopeConfig
 
 
 def rope_table(rope: RopeConfig, gguf: GGUFFile, n_ctx: int) -> np.ndarray:
     """Return f32 (n_ctx, n_dims): per position n_dims/2 cosines, then n_dims/2 sines."""
     half = rope.n_dims // 2
     frequencies = rope.freq_base ** (-2.0 * np.arange(half) / rope.n_dims)
-    if rope.freq_factors:
-        info = gguf.tensors[rope.freq_factors]
-        divisors = gguf.data(rope.freq_factors).view(np.float32)[: info.shape[0]]
-        frequencies = frequencies / divisors[:half].astype(np.float64)
-    magnitude = 1.0
+    is_long = bool(rope.freq_factors_long) and n_ctx > rope.original_context
+    factors = rope.freq_factors_long if is_long else rope.freq_factors
+    if factors:
+        frequencies = frequencies / gguf.data(factors).view(np.float32).astype(np.float64)
+    magnitude = rope.attn_factor
     if rope.scaling == "linear":
         frequencies = frequencies / rope.factor
     elif rope.scaling == "yarn":
@@ -44,7 +45,6 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray) -> tuple[np.ndarray, float]
     ramp = (np.arange(len(frequencies)) - low) / max(0.001, high - low)
     keep = (1.0 - np.clip(ramp, 0.0, 1.0)) * rope.ext_factor
     scaled = frequencies / rope.factor
-    magnitude = rope.attn_factor
-    if rope.ext_factor:
-        magnitude *= 1.0 + 0.1 * math.log(rope.factor)
+    usual = 1.0 + 0.1 * math.log(rope.factor) if rope.ext_factor else 1.0
+    magnitude = rope.attn_factor * (rope.yarn_attn_factor or usual)
     return scaled * (1.0 - keep) + frequencies * keep, magnitude

@@ -90,8 +90,9 @@ def _pieces(tokens: list[str], scores: np.ndarray, kinds: np.ndarray) -> bytes:
     out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
     at = _put_field(out, ends - size - 2 - (size > 127), size)
     at = _put_field(out, at, length)
-    shift = np.repeat(at - (np.cumsum(length) - length), length)
-    out[np.arange(len(shift)) + shift] = np.frombuffer(b"".join(texts), np.uint8)
+    places = np.repeat(at - (np.cumsum(length) - length), length)
+    places += np.arange(len(places))  # in place: 20 MB less at the peak of loading Gemma 3
+    out[places] = np.frombuffer(b"".join(texts), np.uint8)
     at += length
     out[at] = 0x15
     for i, byte in enumerate(scores.view(np.uint8).reshape(-1, 4).T, 1):
