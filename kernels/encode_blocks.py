@@ -57,7 +57,6 @@ def encode_q8_0(out, x, weights, scratch):
         for k in range(8):
             word = load_u32(scratch + CODES + 32 * block + 4 * k)
             store_i32(to + 2 + 4 * k, word ^ 0x80808080)
-    return exceeds(d, MAX_F16)
 
 
 def _plain_q4_0():
@@ -78,7 +77,6 @@ def _plain_q4_0():
                 word = word + truncate(minimum(v, most)) * splat_i32(1 << 8 * k)
             scatter_i32x8(scratch + CODES + i, 32, word)
         put_blocks(out, scratch)
-        return exceeds(d, MAX_F16)
 
     return encode
 
@@ -86,7 +84,7 @@ def _plain_q4_0():
 # --- searching ------------------------------------------------------------------------------------
 def _scaled(format_name, grid, trials):
     """Formats d * q."""
-    fit = fit_scale(grid, 32, trials)
+    fit = fit_scale(grid, 32, trials, True)
     put = put_lanes(grid, 32)
     put_blocks = _put_blocks(format_name)
 
@@ -94,18 +92,16 @@ def _scaled(format_name, grid, trials):
     def encode(out, x, weights, scratch):
         load_weights(scratch, weights, 32)
         d = fit(scratch + X, scratch + W)
-        scale = inverse(to_f16(scratch + NUMBERS, d))
-        put(scratch + CODES, scratch + X, scale, zero_f32x8())
+        store_f16x8(scratch + NUMBERS, d)
+        put(scratch + CODES, scratch + X, inverse(d), zero_f32x8())
         put_blocks(out, scratch)
-        return exceeds(d, MAX_F16)
 
     return encode
 
 
 def _with_minimum(format_name, grid, trials):
     """Formats d * q + m."""
-    fit = fit_line(grid, 32, trials, False)
-    add_up = sums(grid, 32)
+    fit = fit_line(grid, 32, trials, True)
     put = put_lanes(grid, 32)
     put_blocks = _put_blocks(format_name)
 
@@ -113,14 +109,10 @@ def _with_minimum(format_name, grid, trials):
     def encode(out, x, weights, scratch):
         load_weights(scratch, weights, 32)
         d, m = fit(scratch + X, scratch + W)
-        m = to_f16(scratch + NUMBERS + 16, m)
-        # d anew, for m as it will be read
-        qx, qq = add_up(scratch + X, scratch + W, inverse(d), m)
-        d = qx * inverse(qq)
-        scale = inverse(to_f16(scratch + NUMBERS, d))
-        put(scratch + CODES, scratch + X, scale, m)
+        store_f16x8(scratch + NUMBERS, d)
+        store_f16x8(scratch + NUMBERS + 16, m)
+        put(scratch + CODES, scratch + X, inverse(d), m)
         put_blocks(out, scratch)
-        return exceeds(d, MAX_F16) | exceeds(m, MAX_F16)
 
     return encode
 
@@ -129,11 +121,11 @@ def _mxfp4():
     """Formats with a power of two for a scale: three of them are tried."""
     put = put_lanes(E2M1, 32)
     put_planes = put_codes("mxfp4")
-    lose = loss(E2M1, 32)
+    add_up = sums_and_loss(E2M1, 32)
 
     @inline
     def encode(out, x, weights, scratch):
-        load_weights(scratch, weights, 32)
+        load_importance(scratch, weights, 32)
         # The largest is at most 2^(e - 125), the largest code 12 * 2^(e - 128).
         e = exponent(peak(scratch + X, 32)) - splat_f32(np.float32(3.0))
         best_e = zero_f32x8()
@@ -142,7 +134,7 @@ def _mxfp4():
             e = maximum(e, zero_f32x8())
             store_rounded_i8x8(scratch + NUMBERS, e)
             d = load_e8m0x8(scratch + NUMBERS)
-            lost = lose(scratch + X, scratch + W, d, zero_f32x8())
+            _, _, _, _, lost = add_up(scratch + X, scratch + W, d, zero_f32x8())
             best_e = where_greater(least, lost, e, best_e)
             least = minimum(least, lost)
             e = e + splat_f32(np.float32(1.0))
@@ -152,7 +144,6 @@ def _mxfp4():
         for block in range(8):
             store_i8(out + 17 * block, load_u8(scratch + NUMBERS + block))
             put_planes(out + 17 * block, scratch + CODES + 32 * block)
-        return 0
 
     return encode
 
@@ -161,14 +152,15 @@ def _searching(search, plain=None):
     @inline
     def encode(out, x, weights, scratch):
         side_by_side(scratch + X, x, 32)
-        return search(out, x, weights, scratch)
+        search(out, x, weights, scratch)
 
     @inline
     def encode_or_round(out, x, weights, scratch):
         side_by_side(scratch + X, x, 32)
         if weights == 0:
-            return plain(out, x, scratch)
-        return search(out, x, weights, scratch)
+            plain(out, x, scratch)
+        else:
+            search(out, x, weights, scratch)
 
     return encode if plain is None else encode_or_round
 
@@ -176,22 +168,23 @@ def _searching(search, plain=None):
 # --- floats ---------------------------------------------------------------------------------------
 @inline
 def encode_f16(out, x, weights, scratch):
-    largest = zero_f32x8()
     for i in range(0, TILE, 8):
         v = load_f32x8(x + 4 * i)
-        largest = maximum(largest, absolute(v))
         store_f16x8(out + 2 * i, v)
-    return exceeds(largest, MAX_F16)
 
 
 @inline
 def encode_bf16(out, x, weights, scratch):
-    largest = zero_f32x8()
     for i in range(0, TILE, 8):
         v = load_f32x8(x + 4 * i)
-        largest = maximum(largest, absolute(v))
         store_bf16x8(out + 2 * i, v)
-    return exceeds(largest, MAX_BF16)
+
+
+# What f16 scales reach; bf16: what is larger rounds to infinity; mxfp4: squares would overflow.
+_LARGEST = {
+    "f16": 65519.0, "bf16": 3.396e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0,
+    "q5_0": 16 * 65504.0, "iq4_nl": 127 * 65504.0, "q4_1": 65504.0, "q5_1": 65504.0, "mxfp4": 1e15,
+}  # fmt: skip
 
 
 def encode(format_name):
@@ -217,4 +210,4 @@ def encode(format_name):
         case "q5_1":
             one = _searching(_with_minimum("q5_1", integers(0, 31), LINE))
     format_ = FORMATS[format_name]
-    return over_tiles(one, format_.n_weights, format_.nbytes)
+    return over_tiles(one, format_.n_weights, format_.nbytes, _LARGEST[format_name])

@@ -18,14 +18,15 @@ from .simd import inline
 from .tile import *
 
 _ROUNDS = 3
+_LARGEST = 9e5  # f16 scales reach further, in some formats much; no model's weights do
 # In scratch behind the codes, f32 (16,) each: what sub-blocks would like, what they get, the best yet.
 S, M, SC, MC, BEST_SC, BEST_MC, HALF = (NUMBERS + 64 * i for i in range(7))
 
 
 @inline
-def as_f16(scratch, d):
-    """A scalar rounded to f16 and back."""
-    return first_lane(to_f16(scratch + HALF, splat_f32(d)))
+def rounded(d):
+    """A scalar as f16 holds it."""
+    return first_lane(as_f16(within_f16(splat_f32(d))))
 
 
 @inline
@@ -49,10 +50,10 @@ def largest_of(at, n):
 # --- d * sc * q -----------------------------------------------------------------------------------
 def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
     n_subs = TILE // n
-    fit = fit_scale(grid, n, trials)
+    fit = fit_scale(grid, n, trials, False)
     put = put_lanes(grid, n)
     put_planes = put_codes(format_name)
-    add_up, lose = sums(grid, n), loss(grid, n)
+    add_up = sums_and_loss(grid, n)
     nearest_sc = integers(sc_low, sc_high).nearest
 
     @inline
@@ -63,7 +64,7 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
         least = splat_f32(np.float32(3e38))
         for i in range(-1, 2):
             sc = nearest_sc(middle + splat_f32(np.float32(i)))
-            lost = lose(x, w, d * sc, zero_f32x8())
+            _, _, _, _, lost = add_up(x, w, d * sc, zero_f32x8())
             best = where_greater(least, lost, sc, best)
             least = minimum(least, lost)
         return best, least
@@ -76,18 +77,17 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
             at = 32 * n * g
             store_f32x8(scratch + S + 32 * g, fit(scratch + X + at, scratch + W + at))
         d = largest_of(scratch + S, n_subs) / np.float32(sc_low)
-        too_large = 1 if abs(d) > MAX_F16 else 0
         best_d = np.float32(0)
         least = np.float32(3e38)
         for _ in range(_ROUNDS):
-            d = as_f16(scratch, d)
+            d = rounded(d)
             lost = qx = qq = np.float32(0)
             for g in range(n_subs // 8):
                 xg = scratch + X + 32 * n * g
                 wg = scratch + W + 32 * n * g
                 sc, lost8 = choose(xg, wg, load_f32x8(scratch + S + 32 * g), splat_f32(d))
                 store_f32x8(scratch + SC + 32 * g, sc)
-                qx8, qq8 = add_up(xg, wg, inverse(splat_f32(d) * sc), zero_f32x8())
+                _, qq8, qx8, _, _ = add_up(xg, wg, splat_f32(d) * sc, zero_f32x8())
                 lost += sum_lanes(lost8)
                 qx += sum_lanes(qx8 * sc)
                 qq += sum_lanes(qq8 * sc * sc)
@@ -101,10 +101,9 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
             to_q = inverse(splat_f32(best_d) * sc)
             codes = scratch + CODES + 8 * n * g
             put(codes, scratch + X + 32 * n * g, to_q, zero_f32x8())
-        to_f16(scratch + HALF, splat_f32(best_d))
+        store_f16x8(scratch + HALF, splat_f32(best_d))
         put_planes(out, scratch + CODES)
         write_head(out, scratch)
-        return too_large
 
     return encode
 
@@ -149,28 +148,11 @@ def head_iq4_xs(out, scratch):
 # --- d * sc * q - dmin * m ------------------------------------------------------------------------
 def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
     n_subs = TILE // n
-    fit = fit_line(grid, n, trials, True)
+    fit = fit_line(grid, n, trials, False)
     put = put_lanes(grid, n)
     put_planes = put_codes(format_name)
-    nearest = grid.nearest
-    lose = loss(grid, n)
+    add_up = sums_and_loss(grid, n)
     nearest_sc = integers(0, sc_high).nearest
-
-    @inline
-    def sums_of(x, w, scale, m):
-        """Sums of w q, w q^2 and w q x."""
-        to_q = inverse(scale)
-        q1 = zero_f32x8()
-        qq = zero_f32x8()
-        qx = zero_f32x8()
-        for k in range(n):
-            v = load_f32x8(x + 32 * k)
-            q = nearest((v + m) * to_q)
-            wq = load_f32x8(w + 32 * k) * q
-            q1 = q1 + wq
-            qq = qq + wq * q
-            qx = qx + wq * v
-        return q1, qq, qx
 
     @inline
     def choose(x, w, wanted, wanted_m, d, dmin, ww, wx):
@@ -184,9 +166,9 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
         for i in range(-1, 2):
             sc = nearest_sc(middle + splat_f32(np.float32(i)))
             scale = d * sc
-            q1, _, _ = sums_of(x, w, scale, dmin * first_m)
+            q1, _, _, _, _ = add_up(x, w, scale, zero_f32x8() - dmin * first_m)
             m = nearest_sc((scale * q1 - wx) * inverse(ww) * to_m)
-            lost = lose(x, w, scale, zero_f32x8() - dmin * m)
+            _, _, _, _, lost = add_up(x, w, scale, zero_f32x8() - dmin * m)
             best = where_greater(least, lost, sc, best)
             best_m = where_greater(least, lost, m, best_m)
             least = minimum(least, lost)
@@ -203,12 +185,11 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
             store_f32x8(scratch + M + 32 * g, zero_f32x8() - m)
         d = largest_of(scratch + S, n_subs) / np.float32(sc_high)
         dmin = largest_of(scratch + M, n_subs) / np.float32(sc_high)
-        too_large = 1 if max(d, dmin) > MAX_F16 else 0
         best_d = best_dmin = np.float32(0)
         least = np.float32(3e38)
         for _ in range(_ROUNDS):
-            d = as_f16(scratch, d)
-            dmin = as_f16(scratch, dmin)
+            d = rounded(d)
+            dmin = rounded(dmin)
             lost = np.float32(0)
             aa = ab = bb = ax = bx = np.float32(0)  # of x ~ d * a - dmin * b
             for g in range(n_subs // 8):
@@ -224,7 +205,9 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
                     xg, wg, load_f32x8(scratch + S + 32 * g), load_f32x8(scratch + M + 32 * g),
                     splat_f32(d), splat_f32(dmin), ww, wx,
                 )  # fmt: skip
-                q1, qq, qx = sums_of(xg, wg, splat_f32(d) * sc, splat_f32(dmin) * m)
+                minus = zero_f32x8() - splat_f32(dmin) * m
+                q1, qq, qx, _, _ = add_up(xg, wg, splat_f32(d) * sc, minus)
+                qx = qx + minus * q1  # of x itself
                 store_f32x8(scratch + SC + 32 * g, sc)
                 store_f32x8(scratch + MC + 32 * g, m)
                 lost += sum_lanes(lost8)
@@ -250,11 +233,10 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
             to_q = inverse(splat_f32(best_d) * load_f32x8(scratch + BEST_SC + 32 * g))
             m = splat_f32(-best_dmin) * load_f32x8(scratch + BEST_MC + 32 * g)
             put(scratch + CODES + 8 * n * g, scratch + X + 32 * n * g, to_q, m)
-        to_f16(scratch + HALF, splat_f32(best_d))
-        to_f16(scratch + HALF + 16, splat_f32(best_dmin))
+        store_f16x8(scratch + HALF, splat_f32(best_d))
+        store_f16x8(scratch + HALF + 16, splat_f32(best_dmin))
         put_planes(out, scratch + CODES)
         write_head(out, scratch)
-        return too_large
 
     return encode
 
@@ -299,4 +281,4 @@ def encode(format_name):
             one = _signed("q6_k", integers(-32, 31), 16, SIGNED, -128, 127, head_q6_k)
         case "iq4_xs":
             one = _signed("iq4_xs", IQ4, 32, CODE_BOOK, -32, 31, head_iq4_xs)
-    return over_tiles(one, 256, FORMATS[format_name].nbytes)
+    return over_tiles(one, 256, FORMATS[format_name].nbytes, _LARGEST)

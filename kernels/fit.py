@@ -17,8 +17,6 @@ from .simd import *
 from .simd import inline
 
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds |v| < 2^22 to nearest even
-MAX_F16 = np.float32(65519.996)  # what is larger rounds to infinity
-MAX_BF16 = np.float32(3.3961774e38)
 
 
 class Grid(NamedTuple):
@@ -58,16 +56,10 @@ def inverse(v):
 
 
 @inline
-def to_f16(at, v):
-    """Round to f16 and back; the bits stay at `at` (16 bytes)."""
-    store_f16x8(at, v)
-    return load_f16x8(at)
-
-
-@inline
-def exceeds(v, limit):
-    """1 when the magnitude of a lane does, otherwise 0."""
-    return 1 if max_lanes(absolute(v)) > limit else 0
+def within_f16(v):
+    """Clamp to what f16 holds."""
+    most = splat_f32(np.float32(65504.0))
+    return minimum(maximum(v, zero_f32x8() - most), most)
 
 
 @inline
@@ -94,144 +86,128 @@ class Trials(NamedTuple):
     rounds: int
 
 
-SIGNED = Trials(-0.9, 0.3, 7, 2)
-LINE = Trials(-1.4, 0.4, 11, 3)
-COARSE_LINE = Trials(-1.1, 0.2, 14, 3)  # two bits
-CODE_BOOK = Trials(-20.0, 5.0, 7, 2)
+SIGNED = Trials(-0.9, 0.3, 7, 3)
+LINE = Trials(-1.2, 0.4, 11, 4)
+COARSE_LINE = Trials(-1.0, 0.2, 14, 4)  # two bits
+CODE_BOOK = Trials(-20.0, 5.0, 7, 3)
 
 
-def sums(grid, n):
-    """Return sums(x, w, scale, m): of w q (x - m) and of w q^2, for the q nearest to (x - m) * scale."""
-    nearest = grid.nearest
+def sums_and_loss(grid, n):
+    """Return add_up(x, w, d, m), for the q nearest to (x - m) / d.
 
-    @inline
-    def add_up(x, w, scale, m):
-        qx = zero_f32x8()
-        qq = zero_f32x8()
-        for i in range(n):
-            v = load_f32x8(x + 32 * i) - m
-            q = nearest(v * scale)
-            wq = load_f32x8(w + 32 * i) * q
-            qx = qx + wq * v
-            qq = qq + wq * q
-        return qx, qq
-
-    return add_up
-
-
-def loss(grid, n):
-    """Return loss(x, w, d, m): the sum of w (x - m - d q)^2 for the nearest q."""
+    Sums of w q, w q^2, w q (x - m), w (x - m), and the loss w (x - m - d q)^2.
+    """
     nearest = grid.nearest
 
     @inline
     def add_up(x, w, d, m):
         scale = inverse(d)
-        total = zero_f32x8()
+        q1 = zero_f32x8()
+        qq = zero_f32x8()
+        qx = zero_f32x8()
+        wx = zero_f32x8()
+        lost = zero_f32x8()
         for i in range(n):
             v = load_f32x8(x + 32 * i) - m
-            rest = v - d * nearest(v * scale)
-            total = total + load_f32x8(w + 32 * i) * rest * rest
-        return total
+            weight = load_f32x8(w + 32 * i)
+            q = nearest(v * scale)
+            wq = weight * q
+            rest = v - d * q
+            q1 = q1 + wq
+            qq = qq + wq * q
+            qx = qx + wq * v
+            wx = wx + weight * v
+            lost = lost + weight * rest * rest
+        return q1, qq, qx, wx, lost
 
     return add_up
 
 
-def fit_scale(grid, n, trials):
-    """Return fit(x, w): d f32 per lane, for x ~ d * q."""
-    add_up = sums(grid, n)
+def fit_scale(grid, n, trials, in_f16):
+    """Return fit(x, w): d f32 per lane, for x ~ d * q; `in_f16`: as f16 holds it."""
+    add_up = sums_and_loss(grid, n)
     low, high = np.float32(grid.low), np.float32(grid.high)
     first, step = np.float32(trials.first), np.float32(trials.step)
     count, rounds = trials.count, trials.rounds
 
     @inline
     def fit(x, w):
-        d = zero_f32x8()
         best = zero_f32x8()
-        to_one = inverse(peak(x, n))
+        least = splat_f32(np.float32(3e38))
+        top = peak(x, n)
         for i in range(2 * count):
             beyond = first + step * np.float32(i // 2)
             end = low - beyond if i % 2 == 0 else high + beyond
-            scale = to_one * splat_f32(end)
+            d = top * splat_f32(np.float32(1.0) / end)
             for _ in range(rounds):
-                qx, qq = add_up(x, w, scale, zero_f32x8())
-                ratio = qx * inverse(qq)
-                gain = ratio * qx
-                d = where_greater(gain, best, ratio, d)
-                best = maximum(gain, best)
-                scale = inverse(ratio)
-        return d
+                if in_f16:
+                    d = as_f16(within_f16(d))
+                _, qq, qx, _, lost = add_up(x, w, d, zero_f32x8())
+                best = where_greater(least, lost, d, best)
+                least = minimum(least, lost)
+                d = qx * inverse(qq)
+        return best
 
     return fit
 
 
-def fit_line(grid, n, trials, m_below_zero):
-    """Return fit(x, w): d and m f32 per lane, for x ~ d * q + m. `m_below_zero`: m may not exceed 0."""
-    nearest = grid.nearest
+def fit_line(grid, n, trials, in_f16):
+    """Return fit(x, w): d and m f32 per lane, for x ~ d * q + m; `in_f16`: as f16 holds them.
+
+    In super-blocks, where they are not f16 themselves, m may not exceed 0.
+    """
+    add_up = sums_and_loss(grid, n)
     high_q = np.float32(grid.high)
     first, step = np.float32(trials.first), np.float32(trials.step)
     count, rounds = trials.count, trials.rounds
 
     @inline
-    def line(x, w, base, scale, offset, ww, wx):
-        """d, m and what they gain, for the q nearest to (x - base - offset) * scale."""
-        q1 = zero_f32x8()
-        qq = zero_f32x8()
-        qx = zero_f32x8()
-        for i in range(n):
-            v = load_f32x8(x + 32 * i) - base
-            q = nearest((v - offset) * scale)
-            wq = load_f32x8(w + 32 * i) * q
-            q1 = q1 + wq
-            qq = qq + wq * q
-            qx = qx + wq * v
-        # Where all q are (nearly) alike there is no line: a constant, or a line through 0.
+    def solve(ww, q1, qq, qx, wx, m):
+        """Least squares of x - m over q: d, and the new m."""
         determinant = ww * qq - q1 * q1
-        determinant = where_greater(
-            determinant, splat_f32(np.float32(1e-6)) * ww * qq, determinant, zero_f32x8()
-        )
-        d = (ww * qx - wx * q1) * inverse(determinant)
-        m = (qq * wx - q1 * qx) * inverse(determinant)
-        if m_below_zero:
-            top = zero_f32x8() - base
-            m = where_greater(determinant, zero_f32x8(), m, splat_f32(np.float32(3e38)))
-            d = where_greater(m, top, (qx - top * q1) * inverse(qq), d)
-            m = minimum(m, top)
-        two = splat_f32(np.float32(2.0))
-        gain = d * (two * (qx - m * q1) - d * qq) + m * (two * wx - m * ww)
-        return d, m, gain
+        # Where all q are (nearly) alike there is no line but a constant, or one through 0.
+        flat = splat_f32(np.float32(1e-6)) * ww * qq
+        if in_f16:
+            other = wx * inverse(ww)
+        else:
+            other = zero_f32x8() - m
+        more = (qq * wx - q1 * qx) * inverse(determinant)
+        new_m = m + where_greater(determinant, flat, more, other)
+        if in_f16:
+            new_m = as_f16(within_f16(new_m))
+        else:
+            new_m = minimum(new_m, zero_f32x8())
+        return (qx - (new_m - m) * q1) * inverse(qq), new_m
 
     @inline
     def fit(x, w):
         low = load_f32x8(x)
         high = load_f32x8(x)
+        ww = load_f32x8(w)
         for i in range(1, n):
             v = load_f32x8(x + 32 * i)
             low = minimum(low, v)
             high = maximum(high, v)
-        if m_below_zero:
+            ww = ww + load_f32x8(w + 32 * i)
+        if in_f16:
+            low = as_f16(within_f16(low))
+        else:
             low = minimum(low, zero_f32x8())
-        ww = zero_f32x8()
-        wx = zero_f32x8()
-        for i in range(n):
-            v = load_f32x8(w + 32 * i)
-            ww = ww + v
-            wx = wx + v * (load_f32x8(x + 32 * i) - low)
-        to_one = inverse(high - low)
-        d = zero_f32x8()
-        m = zero_f32x8()
         best = zero_f32x8()
-        if not m_below_zero:  # constant blocks
-            m = wx * inverse(ww)
-            best = m * wx
+        best_m = low
+        least = splat_f32(np.float32(3e38))
         for i in range(count):
-            scale = to_one * splat_f32(high_q + (first + step * np.float32(i)))
-            offset = zero_f32x8()
+            reach = high_q + (first + step * np.float32(i))
+            d = (high - low) * splat_f32(np.float32(1.0) / reach)
+            m = low
             for _ in range(rounds):
-                slope, offset, gain = line(x, w, low, scale, offset, ww, wx)
-                d = where_greater(gain, best, slope, d)
-                m = where_greater(gain, best, offset, m)
-                best = maximum(gain, best)
-                scale = inverse(slope)
-        return d, low + m
+                if in_f16:
+                    d = as_f16(within_f16(d))
+                q1, qq, qx, wx, lost = add_up(x, w, d, m)
+                best = where_greater(least, lost, d, best)
+                best_m = where_greater(least, lost, m, best_m)
+                least = minimum(least, lost)
+                d, m = solve(ww, q1, qq, qx, wx, m)
+        return best, best_m
 
     return fit

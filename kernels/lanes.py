@@ -26,6 +26,10 @@ def _load_f16(builder, address):
 load_f16 = operation(types.float32, _load_f16)
 
 
+as_f16 = _op1(F32x8, lambda b, v: simd.lowering.f16_to_f32(b, simd.lowering.f32_to_f16(b, v)))
+"""Rounded to f16 and back; at most 65504."""
+
+
 def _each_lane(builder, address, stride):
     return [builder.add(address, builder.mul(stride, i64(lane))) for lane in range(8)]
 

@@ -14,9 +14,6 @@ from .simd import inline
 
 TILE = 256
 X, W, CODES, NUMBERS, PADDED, BLOCKS = 0, 1024, 2048, 2304, 3072, 4096  # places in scratch
-_MAX_X = np.float32(
-    1e12
-)  # squares of what is larger overflow, and no block with f16 scales holds it
 
 
 @inline
@@ -43,6 +40,16 @@ def side_by_side(to, x, n):
         for i in range(n):
             at = x + 4 * (group + i)
             store_f32x8(to + 4 * group + 32 * i, gather_f32x8(at, 4 * n))
+
+
+@inline
+def load_importance(scratch, weights, n):
+    """Importance side by side, or ones."""
+    if weights != 0:
+        side_by_side(scratch + W, weights, n)
+        return
+    for i in range(0, 4 * TILE, 32):
+        store_f32x8(scratch + W + i, splat_f32(np.float32(1.0)))
 
 
 @inline
@@ -81,14 +88,15 @@ def put_lanes(grid, n):
     return write
 
 
-def over_tiles(encode, n_weights_block, block_nbytes):
+def over_tiles(encode, n_weights_block, block_nbytes, largest):
     """Return the operation that encodes `n_weights` f32 at `x`, in parts of `per_part` tiles.
 
-    `encode(to, x, weights, scratch)` does one tile and returns 1 where a scale is beyond f16.
+    `encode(to, x, weights, scratch)` does one tile of numbers up to `largest`.
     `importance` f32 (n_cols + 256,) repeats itself past the end of a row; 0: there is none.
     `failures` i64 (2,) counts tiles that hold a NaN or an infinity, and tiles with too large numbers.
     """
     tile_nbytes = TILE // n_weights_block * block_nbytes
+    limit = np.float32(largest)
 
     def operation(
         step, part, first, count, scratch,
@@ -113,10 +121,8 @@ def over_tiles(encode, n_weights_block, block_nbytes):
             weights = importance
             if importance != 0:
                 weights += 4 * (tile * TILE % n_cols)
-            failed = encode(to, source, weights, scratch)
-            if n_weights_block > 1 and largest_of_tile(source) > _MAX_X:
-                failed = 1
-            n_too_large += failed
+            n_too_large += 1 if largest_of_tile(source) > limit else 0
+            encode(to, source, weights, scratch)
             if n < TILE:
                 for i in range(n // n_weights_block * block_nbytes):
                     store_i8(out + tile * tile_nbytes + i, load_u8(to + i))
