@@ -38,8 +38,8 @@ def read_tiktoken(path: Path) -> Ranks:
         if not line.strip():
             continue
         try:
-            text, rank = line.split()
-            ranks[base64.b64decode(text, validate=True)] = int(rank)
+            encoded, place = line.split()
+            ranks[base64.b64decode(encoded, validate=True)] = int(place)
         except (ValueError, binascii.Error):
             raise ModelFileError(
                 f"{path} is neither a sentencepiece model nor tiktoken's: line {number} holds no "
@@ -47,8 +47,8 @@ def read_tiktoken(path: Path) -> Ranks:
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ModelFileError(f"{path}: the ranks are not 0 to {len(ranks) - 1}; fetch it again")
-    character = {byte: text for text, byte in byte_of_character().items()}
-    written = {token: "".join(character[byte] for byte in token) for token in ranks}
+    letter = {byte: text for text, byte in byte_of_character().items()}
+    written = {token: "".join(letter[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:

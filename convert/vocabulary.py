@@ -241,7 +241,9 @@ def _from_fallback_bpe(document: dict[str, Any], n_vocab: int) -> _Vocabulary:
 def _from_llama2c(path: Path, n_vocab: int) -> _Vocabulary:
     """llama2.c's tokenizer.bin: the longest token's length, then score, length and text of each."""
     data = path.read_bytes()
-    tokens, scores, at = [], [], 4
+    tokens: list[str] = []
+    scores: list[float] = []
+    at = 4
     while at < len(data) and len(tokens) < n_vocab:
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         if at + 8 + size > len(data):
@@ -307,12 +309,13 @@ def _name_special(
         for key, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"),
                           ("padding", "pad_token_id")):  # fmt: skip
             value = source.get(name)
-            listed = value if isinstance(value, list) else [value]
-            listed = [i for i in listed if isinstance(i, int) and 0 <= i < len(vocabulary.tokens)]
-            if listed:
-                vocabulary.ids.setdefault(key, listed[0])
+            known = range(len(vocabulary.tokens))
+            wanted = value if isinstance(value, list) else [value]
+            given = [i for i in wanted if isinstance(i, int) and i in known]
+            if given:
+                vocabulary.ids.setdefault(key, given[0])
             if key == "eos":
-                ends += [i for i in listed if i not in ends]
+                ends += [i for i in given if i not in ends]
     others = [i for i in ends if i != vocabulary.ids.get("eos")]
     vocabulary.ids |= dict(zip(("eot", "eom"), others, strict=False))
     for key in ("bos", "eos", "padding", "eot", "eom"):

@@ -42,7 +42,7 @@ def load(builder: ir.IRBuilder, address: ir.Value, ir_type: ir.Type) -> ir.Value
     return builder.load(pointer(builder, address, ir_type), align=1)
 
 
-def store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+def store_value(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     builder.store(value, pointer(builder, address, value.type), align=1)
 
 

@@ -77,12 +77,12 @@ def peak(x, n):
 class Trials(NamedTuple):
     """How far beyond the ends of the grid the largest element is put: `first`, first + `step` ...
 
-    From each of the `count` trials, least squares runs `rounds` times.
+    From each of the `n_trials` trials, least squares runs `rounds` times.
     """
 
     first: float
     step: float
-    count: int
+    n_trials: int
     rounds: int
 
 
@@ -128,7 +128,7 @@ def fit_scale(grid, n, trials, in_f16):
     add_up = sums_and_loss(grid, n)
     low, high = np.float32(grid.low), np.float32(grid.high)
     first, step = np.float32(trials.first), np.float32(trials.step)
-    count, rounds = trials.count, trials.rounds
+    count, rounds = trials.n_trials, trials.rounds
 
     @inline
     def fit(x, w):
@@ -159,7 +159,7 @@ def fit_line(grid, n, trials, in_f16):
     add_up = sums_and_loss(grid, n)
     high_q = np.float32(grid.high)
     first, step = np.float32(trials.first), np.float32(trials.step)
-    count, rounds = trials.count, trials.rounds
+    count, rounds = trials.n_trials, trials.rounds
 
     @inline
     def solve(ww, q1, qq, qx, wx, m):

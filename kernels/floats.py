@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 
 from . import vectors
-from .emit import call, f32, i8, i16, i32, shuffle, splat, splat_value, store, vector
+from .emit import call, f32, i8, i16, i32, shuffle, splat, splat_value, store_value, vector
 from .vectors import F32x8, I32x8, inline, operation
 
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, to nearest even
@@ -50,7 +50,7 @@ def _round_to(element):
         """Round |v| < 2^22 to nearest even, store 8 signed integers and return them."""
         shifted = builder.fadd(value, _constant(_ROUND))
         ints = builder.sub(builder.bitcast(shifted, vector(i32, 8)), splat(i32, 8, _ROUND_BITS))
-        store(builder, address, builder.trunc(ints, vector(element, 8)))
+        store_value(builder, address, builder.trunc(ints, vector(element, 8)))
         return ints
 
     return emit

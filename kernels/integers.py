@@ -52,10 +52,10 @@ def _constant_table(values):
     return emit
 
 
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value
-iq4_table = operation(Bytes16, _constant_table(IQ4))
-mxfp4_table = operation(Bytes32, _constant_table([12 + value for value in E2M1]))
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value
+iq4_table = operation(Bytes16, _constant_table(IQ4_VALUES))
+mxfp4_table = operation(Bytes32, _constant_table([12 + value for value in E2M1_VALUES]))
 
 # --- products of bytes ----------------------------------------------------------------------------
 pairs_zero = operation(Pairs, lambda b: ir.Constant(vectors.lowering.pairs_type, None))

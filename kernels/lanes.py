@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 
 from . import vectors
-from .emit import f32, i16, i32, i64, load, splat, store, vector
-from .integers import E2M1, IQ4
+from .emit import f32, i16, i32, i64, load, splat, store_value, vector
+from .integers import E2M1_VALUES, IQ4_VALUES
 from .vectors import F32x8, I32x8, operation
 
 
@@ -26,7 +26,9 @@ def _load_f16(builder, address):
 load_f16 = operation(types.float32, _load_f16)
 
 
-as_f16 = _op1(F32x8, lambda b, v: simd.lowering.f16_to_f32(b, simd.lowering.f32_to_f16(b, v)))
+as_f16 = operation(
+    F32x8, lambda b, v: vectors.lowering.f16_to_f32(b, vectors.lowering.f32_to_f16(b, v))
+)
 """Rounded to f16 and back; at most 65504."""
 
 
@@ -43,7 +45,7 @@ def _gather(builder, address, stride):
 
 def _scatter(builder, address, stride, value):
     for lane, at in enumerate(_each_lane(builder, address, stride)):
-        store(builder, at, builder.extract_element(value, i32(lane)))
+        store_value(builder, at, builder.extract_element(value, i32(lane)))
 
 
 gather_f32x8 = operation(F32x8, _gather)
@@ -52,7 +54,7 @@ scatter_i32x8 = operation(types.void, _scatter)
 
 where_greater = operation(F32x8, lambda b, p, q, x, y: b.select(b.fcmp_ordered(">", p, q), x, y))
 """x where p > q, elsewhere y."""
-store_bytes16 = operation(types.void, store)
+store_bytes16 = operation(types.void, store_value)
 truncate = operation(I32x8, lambda b, v: b.fptosi(v, vector(i32, 8)))
 """Towards zero."""
 exponent = operation(
@@ -63,7 +65,7 @@ exponent = operation(
     ),
 )
 """The biased exponent: floor(log2 |v|) + 127 of a normal number."""
-store_bf16x8 = operation(types.void, lambda b, a, v: store(b, a, _to_bf16(b, v)))
+store_bf16x8 = operation(types.void, lambda b, a, v: store_value(b, a, _to_bf16(b, v)))
 
 
 def _to_bf16(builder, value):
@@ -108,10 +110,10 @@ def _e2m1_code(builder, v):
     bits = builder.bitcast(v, vector(i32, 8))
     magnitude = builder.bitcast(builder.and_(bits, splat(i32, 8, 0x7FFFFFFF)), vector(f32, 8))
     sign = builder.and_(builder.lshr(bits, splat(i32, 8, 28)), splat(i32, 8, 8))
-    return builder.or_(_rank(E2M1[:8])(builder, magnitude), sign)
+    return builder.or_(_rank(E2M1_VALUES[:8])(builder, magnitude), sign)
 
 
-nearest_iq4 = operation(F32x8, _nearest(IQ4))
-iq4_code = operation(I32x8, _rank(IQ4))
-nearest_e2m1 = operation(F32x8, _nearest(sorted(set(E2M1))))
+nearest_iq4 = operation(F32x8, _nearest(IQ4_VALUES))
+iq4_code = operation(I32x8, _rank(IQ4_VALUES))
+nearest_e2m1 = operation(F32x8, _nearest(sorted(set(E2M1_VALUES))))
 e2m1_code = operation(I32x8, _e2m1_code)

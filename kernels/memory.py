@@ -9,7 +9,20 @@ from llvmlite import ir
 from numba import types
 
 from . import emit, vectors
-from .emit import call, f32, i8, i16, i32, i64, load, pointer, splat, splat_value, store, vector
+from .emit import (
+    call,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+    load,
+    pointer,
+    splat,
+    splat_value,
+    store_value,
+    vector,
+)
 from .vectors import Bytes16, Bytes32, F32x8, I32x8, Words16, operation
 
 # --- scalars --------------------------------------------------------------------------------------
@@ -20,11 +33,11 @@ load_i16 = operation(types.int64, lambda b, a: b.sext(load(b, a, i16), i64))
 load_i8 = operation(types.int64, lambda b, a: b.sext(load(b, a, i8), i64))
 load_u8 = operation(types.int64, lambda b, a: b.zext(load(b, a, i8), i64))
 load_f32 = operation(types.float32, lambda b, a: load(b, a, f32))
-store_i64 = operation(types.void, store)
-store_i32 = operation(types.void, lambda b, a, v: store(b, a, b.trunc(v, i32)))
-store_i16 = operation(types.void, lambda b, a, v: store(b, a, b.trunc(v, i16)))
-store_i8 = operation(types.void, lambda b, a, v: store(b, a, b.trunc(v, i8)))
-store_f32 = operation(types.void, store)
+store_i64 = operation(types.void, store_value)
+store_i32 = operation(types.void, lambda b, a, v: store_value(b, a, b.trunc(v, i32)))
+store_i16 = operation(types.void, lambda b, a, v: store_value(b, a, b.trunc(v, i16)))
+store_i8 = operation(types.void, lambda b, a, v: store_value(b, a, b.trunc(v, i8)))
+store_f32 = operation(types.void, store_value)
 
 
 # --- vectors --------------------------------------------------------------------------------------
@@ -73,10 +86,12 @@ load_bytes32 = operation(Bytes32, lambda b, a: load(b, a, vector(i8, 32)))
 load_bytes16 = operation(Bytes16, lambda b, a: load(b, a, vector(i8, 16)))
 load_words16 = operation(Words16, lambda b, a: load(b, a, vector(i16, 16)))
 
-store_f32x8 = operation(types.void, store)
-store_f16x8 = operation(types.void, lambda b, a, v: store(b, a, vectors.lowering.f32_to_f16(b, v)))
-store_bytes32 = operation(types.void, store)
-store_words16 = operation(types.void, store)
+store_f32x8 = operation(types.void, store_value)
+store_f16x8 = operation(
+    types.void, lambda b, a, v: store_value(b, a, vectors.lowering.f32_to_f16(b, v))
+)
+store_bytes32 = operation(types.void, store_value)
+store_words16 = operation(types.void, store_value)
 
 # --- one element for all lanes --------------------------------------------------------------------
 broadcast_f32 = operation(F32x8, lambda b, a: splat_value(b, load(b, a, f32), 8))

@@ -16,14 +16,14 @@ from .simd import inline
 class Plane(NamedTuple):
     """Bits `shift` and up of the codes, as many as `mask` has in a byte.
 
-    `count` codes that are `stride` apart share a byte, the first lowest; 4 * `n_words` such bytes lie at
+    `n_codes` codes that are `stride` apart share a byte, the first lowest; 4 * `n_words` such bytes lie at
     `at`, and the plane repeats behind them for the next codes.
     """
 
     at: int
     n_words: int
     stride: int
-    count: int
+    n_codes: int
     shift: int
     mask: int
     repeats: int = 1
@@ -74,7 +74,7 @@ def put_codes(format_name):
 
 
 def _put_plane(plane):
-    at, n_words, stride, count, shift, mask, repeats = plane
+    at, n_words, stride, n_codes, shift, mask, repeats = plane
     width = plane.width
 
     @inline
@@ -82,8 +82,8 @@ def _put_plane(plane):
         for r in range(repeats):
             for k in range(n_words):
                 word = 0
-                for j in range(count):
-                    code = codes + (r * count + j) * stride + 4 * k
+                for j in range(n_codes):
+                    code = codes + (r * n_codes + j) * stride + 4 * k
                     word |= (load_u32(code) >> shift & mask) << width * j
                 store_i32(block + at + (r * n_words + k) * 4, word)
 
@@ -124,7 +124,7 @@ def take_codes(format_name):
 
 
 def _take_plane(plane):
-    at, n_words, stride, count, shift, mask, repeats = plane
+    at, n_words, stride, n_codes, shift, mask, repeats = plane
     width = plane.width
 
     @inline
@@ -132,8 +132,8 @@ def _take_plane(plane):
         for r in range(repeats):
             for k in range(n_words):
                 word = load_u32(block + at + (r * n_words + k) * 4)
-                for j in range(count):
-                    code = codes + (r * count + j) * stride + 4 * k
+                for j in range(n_codes):
+                    code = codes + (r * n_codes + j) * stride + 4 * k
                     store_i32(code, load_u32(code) | (word >> width * j & mask) << shift)
 
     return take

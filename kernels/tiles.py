@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 
 from . import vectors
-from .emit import f32, i8, i16, i32, i64, load, pointer, splat_value, store, vector
+from .emit import f32, i8, i16, i32, i64, load, pointer, splat_value, store_value, vector
 from .vectors import Vec, operation
 
 _tiles = {n: Vec(f"Tile{n}", ir.ArrayType(vector(f32, 8), n)) for n in range(1, 13)}
@@ -106,7 +106,7 @@ def tile_operations(rows, columns):
 
     def store_rows(builder, to, stride, tile):
         for i, value in enumerate(_values(builder, tile)):
-            store(builder, builder.add(to, i64(i % columns * 32)), value)
+            store_value(builder, builder.add(to, i64(i % columns * 32)), value)
             if i % columns == columns - 1:
                 to = builder.add(to, stride)
 

@@ -96,7 +96,7 @@ def dump(source: Path, as_json: bool, key: tuple[str, ...]) -> None:
             if name not in gguf.metadata:
                 raise UsageError(f"{source.name} has no key {name!r}")
         metadata = {k: _plain_value(v) for k, v in gguf.metadata.items() if k in key or not key}
-        tensors = [
+        tensors: list[dict[str, Any]] = [
             {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset,
              "nbytes": t.nbytes}
             for t in gguf.tensors.values()
