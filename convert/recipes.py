@@ -114,8 +114,8 @@ _SMALLER = {
     "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
     "iq4_xs": "iq4_nl",
 }  # fmt: skip
-_OUTPUT = ("output.weight",)
-_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+OUTPUT = ("output.weight",)
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 class Choices(NamedTuple):
@@ -124,6 +124,17 @@ class Choices(NamedTuple):
     overrides: Sequence[tuple[str, str]] = ()  # (regular expression on the name, format)
     keep_output: bool = False  # leave output.weight as it is
     pure: bool = False  # the base format for all, no mix
+
+    def override(self, name: str) -> str:
+        """The format that the user asked for by name of a tensor, or "".
+
+        Raises: UsageError for an odd expression or format.
+        """
+        found = [
+            (_compile(pattern).search(name), find_format(format_name).name)
+            for pattern, format_name in self.overrides
+        ]
+        return next((format_name for match, format_name in found if match), "")
 
 
 AS_THE_RECIPE_SAYS = Choices()
@@ -166,17 +177,14 @@ def choose_formats(
     """
     tensors = list(tensors)
     has_importance = bool(list(importance))
-    tied = not any(t.name in _OUTPUT for t in tensors)
+    tied = not any(t.name in OUTPUT for t in tensors)
     counts = _role_counts(tensors)
-    patterns = [(_compile(pattern), find_format(name).name) for pattern, name in choices.overrides]
     out = []
     for tensor in tensors:
-        if not _is_quantizable(tensor) or (choices.keep_output and tensor.name in _OUTPUT):
+        if is_kept(tensor, choices):
             out.append(tensor)
             continue
-        name = next((name for pattern, name in patterns if pattern.search(tensor.name)), "")
-        if not name and choices.pure:
-            name = recipe.base
+        name = choices.override(tensor.name) or (recipe.base if choices.pure else "")
         if not name:
             name = _by_rule(tensor, recipe, tied, counts, wide_groups, has_importance)
         out.append(tensor._replace(format=FORMATS[_fitting(name, tensor.shape[0])]))
@@ -190,10 +198,13 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
 
 
-def _is_quantizable(tensor: NewTensor) -> bool:
+def is_kept(tensor: NewTensor, choices: Choices) -> bool:
+    """Say whether a tensor stays as it is: vectors, norms, and what the user wants kept."""
     if len(tensor.shape) < 2 or not tensor.name.endswith("weight"):
-        return False
-    return not any(part in tensor.name for part in _KEPT)
+        return True
+    if choices.keep_output and tensor.name in OUTPUT:
+        return True
+    return any(part in tensor.name for part in _KEPT)
 
 
 def _role(name: str) -> tuple[str, int]:
@@ -222,7 +233,7 @@ def _by_rule(
     base = recipe.base
     if base in ("f32", "f16", "bf16"):
         return base
-    if tensor.name in _OUTPUT or (tied and tensor.name in _EMBEDDINGS):
+    if tensor.name in OUTPUT or (tied and tensor.name in EMBEDDINGS):
         whole = tensor.shape[0] % FORMATS[base].n_weights == 0
         return "q6_k" if whole and base not in ("q8_0", "mxfp4") else "q8_0"
     role, layer = _role(tensor.name)

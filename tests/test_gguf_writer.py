@@ -117,6 +117,8 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
 
     def write_to_full(writer: GGUFWriter) -> None:
+        assert writer._file is not None
+        writer._file.close()
         monkeypatch.setattr(writer, "_file", Full())
         writer.append(payloads()[0])
 
