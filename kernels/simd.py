@@ -19,12 +19,13 @@ from __future__ import annotations
 import operator
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.typing import signature as make_signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from . import generic
+from .frontend import inline
 from .generic import call, f32, i8, i16, i32, shuffle, splat, vector
 
 i64 = ir.IntType(64)
@@ -502,12 +503,6 @@ def call_operation(typingctx, function, step, record, part, first, count, scratc
 
 def sig_args(*args):
     return [types.int64 for _ in args]
-
-
-inline = njit(
-    error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
-"""Decorator of a function that kernels call."""
 
 
 @inline
