@@ -47,7 +47,9 @@ def choose_by_size(
     with progress("measure", len(sources), unit="") as advance:
         for source in sources:
             advance(0, source.tensor.name)
-            options.append(_options(source, n_layers, encoder, choices, importance.get(source.tensor.name)))
+            options.append(
+                _options(source, n_layers, encoder, choices, importance.get(source.tensor.name))
+            )
             advance(1)
     least = sum(min(nbytes for _, nbytes in of_tensor.values()) for of_tensor in options)
     if least > budget:
@@ -57,9 +59,7 @@ def choose_by_size(
             "weight in the smallest formats"
         )
     names = _cheapest(options, budget)
-    return [
-        s.tensor._replace(format=FORMATS[name]) for s, name in zip(sources, names, strict=True)
-    ]
+    return [s.tensor._replace(format=FORMATS[name]) for s, name in zip(sources, names, strict=True)]
 
 
 Options = dict[str, tuple[float, int]]
@@ -67,7 +67,10 @@ Options = dict[str, tuple[float, int]]
 
 
 def _options(
-    source: Source, n_layers: int, encoder: Encoder, choices: Choices,
+    source: Source,
+    n_layers: int,
+    encoder: Encoder,
+    choices: Choices,
     importance: np.ndarray | None,
 ) -> Options:
     tensor = source.tensor

@@ -91,7 +91,10 @@ class _TokenizerThread(threading.Thread):
 
     def result(self) -> Tokenizer:
         """Wait for the tokenizer, or for the error that came in its place."""
-        self.join()
+        if self.ident is None:  # nobody has begun to load weights
+            self.run()
+        else:
+            self.join()
         if self._error is not None:
             raise self._error
         return self._tokenizer

@@ -1,4 +1,4 @@
-"""From a Python function to an object that runs without Python: build, cache, check, load.
+"""Operations as objects that run without Python: names, files, checks, loading, building in processes.
 
 An operation is named `module.function` or `module.function[variant]`, for example
 `matmul.project[q4_1]`: module and function lie beside this file; with a variant the function is a
@@ -6,9 +6,9 @@ factory that returns the one to compile.  A function whose first parameter is `s
 the program: the compiler wraps it so that its further parameters are read from the record; any other
 takes and returns 64-bit integers (`step.launch`).
 
-Numba is imported only in the worker processes that build.  One object per operation and tier, named by
-the SHA-256 of everything that made it, so that a stale one is never found; it carries its own SHA-256,
-because a damaged object does not fail but runs wrongly or crashes the process.
+Only the worker processes that build import Numba (`builder.py`).  One object per operation and tier,
+named by the SHA-256 of everything that made it, so that a stale one is never found; it carries its own
+SHA-256, because a damaged object does not fail but runs wrongly or crashes the process.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .image import ExecutableMemory
-from .targets import TARGETS, Target, host_machine
+from .targets import Target
 
 _SOURCES = Path(__file__).parent
-_COMMON = ("step", "part", "first", "count", "scratch")
 
 
 class BuildError(RuntimeError):
@@ -93,15 +92,15 @@ def object_path(name: str, target: Target, directory: Path) -> Path:
     """Where the object of an operation lies, whether it is built or not."""
     module, function, variant = parse_name(name)
     digest = hashlib.sha256()
-    for module_ in (module, "compiler", "link", target.lowering.partition(".")[0]):
+    for module_ in (module, "builder", target.lowering.partition(".")[0]):
         digest.update(_source_hash(module_))
     made_for = (target.triple, target.cpu, target.feature_string, target.lowering)
-    digest.update(repr((name, made_for, _convention(target), _tool_versions())).encode())
+    digest.update(repr((name, made_for, calling_convention(target), _tool_versions())).encode())
     stem = function if variant is None else f"{function}_{variant}"
     return directory / target.name / f"{module}-{stem}-{digest.hexdigest()[:24]}.bin"
 
 
-def _convention(target: Target) -> str:
+def calling_convention(target: Target) -> str:
     """How Python calls into a pack: on Windows not as the kernels call one another."""
     return "win64cc" if sys.platform == "win32" and target.machine == "x86_64" else "ccc"
 
@@ -126,7 +125,8 @@ def _read_object(path: Path) -> tuple[dict[str, Any], bytes] | None:
     return json.loads(header), image
 
 
-def _write_object(path: Path, header: dict[str, Any], image: bytes) -> None:
+def write_object(path: Path, header: dict[str, Any], image: bytes) -> None:
+    """Write an object that `_read_object` trusts, whole or not at all."""
     import tempfile
 
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -141,150 +141,7 @@ def _write_object(path: Path, header: dict[str, Any], image: bytes) -> None:
         raise
 
 
-# --- building (in a worker process) ---------------------------------------------------------------
-def _entry(name: str) -> tuple[Any, list[str], list[str]]:
-    """Return the Python function to compile, its record arguments and which of them are floats."""
-    import importlib
-    import inspect
-
-    module_name, function_name, variant = parse_name(name)
-    module = importlib.import_module(f"{__package__}.{module_name}")
-    function = getattr(module, function_name)
-    if variant is not None:
-        function = function(variant)
-    from .simd import inline, load_f32, load_i64
-
-    parameters = inspect.signature(function).parameters
-    arguments = list(parameters)
-    if arguments[: len(_COMMON)] != list(_COMMON):
-        return function, arguments, []
-    arguments = arguments[len(_COMMON) :]
-    floats = [a for a in arguments if parameters[a].annotation in (float, "float")]
-    from .layout import MAX_ARGUMENTS, RECORD_ARGUMENTS
-
-    assert len(arguments) <= MAX_ARGUMENTS, f"{name} takes more arguments than a record holds"
-    reads = [
-        f"{'load_f32' if a in floats else 'load_i64'}(record + {RECORD_ARGUMENTS + 8 * i})"
-        for i, a in enumerate(arguments)
-    ]
-    source = (
-        "def entry(step, record, part, first, count, scratch):\n"
-        f"    kernel({', '.join([*_COMMON, *reads])})\n"
-    )
-    space = {"kernel": inline(function), "load_f32": load_f32, "load_i64": load_i64}
-    exec(compile(source, f"<{name}>", "exec"), space)
-    return space["entry"], arguments, floats
-
-
-def compile_module(name: str, target: Target) -> tuple[dict[str, Any], Any, Any]:
-    """Compile one operation for one tier: (header, LLVM target machine, optimised module).
-
-    The environment must name the tier's CPU to Numba before it is imported (`builder_environment`).
-    """
-    import importlib
-
-    import llvmlite.binding as llvm
-    from numba import int64, njit, void
-    from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
-
-    from . import calls, vectors
-
-    # Nothing runs in this process, whose CPU may not have the tier's instructions.
-    JITCodeLibrary._finalize_specific = lambda library: None
-    JITCodeLibrary.get_pointer_to_function = lambda library, name: library._ensure_finalized() or 0
-    JITCPUCodegen.set_env = lambda codegen, name, environment: None
-
-    module_name, _, class_name = target.lowering.partition(".")
-    lowering = importlib.import_module(f"{__package__}.{module_name}")
-    vectors.lowering = getattr(lowering, class_name)
-    calls.system_convention = _convention(target)
-
-    function, arguments, floats = _entry(name)
-    is_operation = function.__name__ == "entry"
-    n = 6 if is_operation else len(arguments)
-    signature = (void if is_operation else int64)(*[int64] * n)
-    dispatcher = njit(
-        signature, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
-    (compiled,) = dispatcher.overloads.values()
-    inner = compiled.fndesc.llvm_func_name
-    text = compiled.library.get_llvm_str()
-
-    convention = _convention(target)
-    symbol = re.sub(r"\W+", "_", name).strip("_")
-    taken = ", ".join(f"i64 %a{i}" for i in range(n))
-    text += (
-        f"\ndefine {convention} {'void' if is_operation else 'i64'} @{symbol}({taken}) {{\n"
-        "  %result = alloca i64\n  %error = alloca ptr\n"
-        f'  %status = call i32 @"{inner}"(ptr %result, ptr %error, {taken})\n'
-        + ("  ret void\n" if is_operation else "  %r = load i64, ptr %result\n  ret i64 %r\n")
-        + "}\n"
-    )
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu,
-        features=target.feature_string,
-        opt=3,
-        reloc="pic",
-        codemodel="small",
-        jit=True,
-    )
-    text = re.sub(r'target triple = "[^"]*"', f'target triple = "{target.triple}"', text)
-    layout = f'target datalayout = "{machine.target_data}"'
-    text = re.sub(r'target datalayout = "[^"]*"', layout, text)
-    # The loop passes must not turn copies into calls of memset and memcpy.
-    text = re.sub(r"^attributes #(\d+) = \{", r'attributes #\1 = { "no-builtins"', text, flags=re.M)
-    module = llvm.parse_assembly(text)
-    for global_ in [*module.functions, *module.global_variables]:
-        if global_.name != symbol and not global_.is_declaration:
-            global_.linkage = "internal"
-    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
-    header = {"name": name, "entry": symbol, "arguments": arguments, "floats": floats}
-    return header, machine, module
-
-
-def build_object(name: str, target: Target) -> tuple[dict[str, Any], bytes]:
-    """Compile one operation for one tier: header and image.
-
-    Raises: BuildError when it would need a symbol from outside.
-    """
-    from .link import LinkError, flatten
-
-    header, machine, module = compile_module(name, target)
-    try:
-        image, entry = flatten(machine.emit_object(module), header["entry"])
-    except LinkError as error:
-        raise BuildError(f"{name} for {target.name}: {error}") from error
-    return header | {"entry": entry}, image
-
-
-def serve_builds() -> None:
-    """Worker process: read names from stdin, build each, answer a line of JSON."""
-    target = TARGETS[sys.argv[1]]
-    directory = Path(sys.argv[2])
-    for line in sys.stdin:
-        name = line.strip()
-        try:
-            _write_object(object_path(name, target, directory), *build_object(name, target))
-            answer = {"name": name}
-        except Exception as error:
-            answer = {"name": name, "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
-
-
-def builder_environment(target: Target) -> dict[str, str]:
-    """Environment of a process that compiles for a tier."""
-    at_home = target.machine == host_machine()
-    return os.environ | {
-        "NUMBA_CPU_NAME": target.cpu if at_home else "generic",
-        "NUMBA_CPU_FEATURES": target.feature_string if at_home else "",
-        "NUMBA_OPT": "1",  # the module is optimised once, by compile_module
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-
-
+# --- building -------------------------------------------------------------------------------------
 def build(
     names: Iterable[str],
     target: Target,
@@ -297,11 +154,12 @@ def build(
     import subprocess  # 10 ms that most starts do not need
 
     # The costly ones first, so that no process is left with one at the end.
-    queue = sorted(names, key=lambda name: not name.startswith(("matmul", "attention")))
+    cost = {"attention.attend": -2, "matmul.project": -1}
+    queue = sorted(names, key=lambda name: cost.get(name.partition("[")[0], 0))
     lock = threading.Lock()
     problems: list[str] = []
-    environment = builder_environment(target)
-    program = f"from {__package__}.compiler import serve_builds; serve_builds()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    program = f"from {__package__}.builder import serve_builds; serve_builds()"
     workers: list[subprocess.Popen[str]] = []
 
     def drive(worker: subprocess.Popen[str]) -> None:

@@ -10,7 +10,8 @@ from numba import types
 
 from . import vectors
 from .emit import call, f32, i8, i16, i32, shuffle, splat, splat_value, store_value, vector
-from .vectors import F32x8, I32x8, inline, operation
+from .frontend import inline
+from .vectors import F32x8, I32x8, operation
 
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, to nearest even
 _ROUND_BITS = 0x4B400000

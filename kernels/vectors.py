@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 
-from numba import njit, types
+from numba import types
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -19,11 +19,6 @@ from . import generic
 from .emit import f32, i8, i16, i32, vector
 
 lowering: type[generic.Generic] = generic.Generic
-
-inline = njit(
-    error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
-"""Decorator of a function that kernels call."""
 
 
 class Vec(types.Type):

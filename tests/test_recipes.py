@@ -87,6 +87,4 @@ def test_names():
         find_recipe("q9")
     for bad, message in ((("(", "q4_0"), "no regular expression"), (("x", "q9"), "no format")):
         with pytest.raises(UsageError, match=message):
-            choose_formats(
-                tensors(Shape()), RECIPES["q4_0"], Choices([bad]), wide_groups=False
-            )
+            choose_formats(tensors(Shape()), RECIPES["q4_0"], Choices([bad]), wide_groups=False)
