@@ -55,8 +55,8 @@ def encode_q8_0(out, x, weights, scratch):
         to = out + block * 34
         store_i16(to, load_i16(scratch + NUMBERS + 2 * block))
         for k in range(8):
-            word = load_u32(scratch + CODES + 32 * block + 4 * k)
-            store_i32(to + 2 + 4 * k, word ^ 0x80808080)
+            codes = load_u32(scratch + CODES + 32 * block + 4 * k)
+            store_i32(to + 2 + 4 * k, codes ^ 0x80808080)
 
 
 def _plain_q4_0():
@@ -130,7 +130,7 @@ def _mxfp4():
         e = exponent(peak(scratch + X, 32)) - splat_f32(np.float32(3.0))
         best_e = zero_f32x8()
         least = splat_f32(np.float32(3e38))
-        for _ in range(3):
+        for _round in range(3):
             e = maximum(e, zero_f32x8())
             store_rounded_i8x8(scratch + NUMBERS, e)
             d = load_e8m0x8(scratch + NUMBERS)

@@ -42,7 +42,7 @@ def largest_of(at, n):
     top = np.float32(0)
     for i in range(n):
         v = load_f32(at + 4 * i)
-        if abs(v) > abs(top):
+        if max(v, -v) > max(top, -top):
             top = v
     return top
 
@@ -79,7 +79,7 @@ def _signed(format_name, grid, n, trials, sc_low, sc_high, write_head):
         d = largest_of(scratch + S, n_subs) / np.float32(sc_low)
         best_d = np.float32(0)
         least = np.float32(3e38)
-        for _ in range(_ROUNDS):
+        for _round in range(_ROUNDS):
             d = rounded(d)
             lost = qx = qq = np.float32(0)
             for g in range(n_subs // 8):
@@ -187,7 +187,7 @@ def _with_minimum(format_name, grid, n, trials, sc_high, write_head):
         dmin = largest_of(scratch + M, n_subs) / np.float32(sc_high)
         best_d = best_dmin = np.float32(0)
         least = np.float32(3e38)
-        for _ in range(_ROUNDS):
+        for _round in range(_ROUNDS):
             d = rounded(d)
             dmin = rounded(dmin)
             lost = np.float32(0)

@@ -139,7 +139,7 @@ def fit_scale(grid, n, trials, in_f16):
             beyond = first + step * np.float32(i // 2)
             end = low - beyond if i % 2 == 0 else high + beyond
             d = top * splat_f32(np.float32(1.0) / end)
-            for _ in range(rounds):
+            for _round in range(rounds):
                 if in_f16:
                     d = as_f16(within_f16(d))
                 _, qq, qx, _, lost = add_up(x, w, d, zero_f32x8())
@@ -200,7 +200,7 @@ def fit_line(grid, n, trials, in_f16):
             reach = high_q + (first + step * np.float32(i))
             d = (high - low) * splat_f32(np.float32(1.0) / reach)
             m = low
-            for _ in range(rounds):
+            for _round in range(rounds):
                 if in_f16:
                     d = as_f16(within_f16(d))
                 q1, qq, qx, wx, lost = add_up(x, w, d, m)
