@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgellama.errors import UsageError
-from edgellama.gguf.writer import NewTensor
+from edgellama.gguf.writer import NewTensor, check_absent
 from edgellama.kernels.blocks import FORMATS
 
 from .checkpoint import Checkpoint
 from .encoder import Encoder
 from .families import Plan, PlannedTensor, plan
-from .quantize import check_importance, type_metadata, wide_groups
-from .recipes import AS_THE_RECIPE_SAYS, Choices, choose_formats, find_recipe
+from .quantize import Quantization, wide_groups, write_quantized
+from .recipes import find_recipe
 from .vocabulary import read_settings, read_vocabulary, sampling_defaults
-from .write import Source, TensorReport, write_model
+from .write import Source, TensorReport
 
 # Formats that hold what a checkpoint's types hold; vectors are always f32.
 _KEPT_AS = {"F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -27,16 +24,11 @@ _KEPT_AS = {"F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
 def convert(
     checkpoint: Checkpoint,
     out: Path,
-    type_name: str,
+    wanted: Quantization,
     encoder: Encoder,
     *,
-    choices: Choices = AS_THE_RECIPE_SAYS,
-    importance: Mapping[str, np.ndarray] | None = None,
-    importance_file: str = "",
     name: str | None = None,
     tokenizer: Path | None = None,
-    measure: bool = False,
-    force: bool = False,
 ) -> list[TensorReport]:
     """Write a checkpoint as one GGUF file.
 
@@ -44,26 +36,15 @@ def convert(
     Raises: UnsupportedModelError naming the architecture, tensor or setting that is not known;
     ModelFileError; UsageError; OSError.
     """
-    _, recipe = find_recipe(type_name)
+    find_recipe(wanted.type_name)  # before anything slow
+    check_absent(out, wanted.force)
     planned = plan(checkpoint)
     folder = tokenizer or checkpoint.folder
     if folder is None:
         raise UsageError(f"{checkpoint.kind} holds no tokenizer; name its folder: --tokenizer")
     sources = [_source(tensor, checkpoint) for tensor in planned.tensors]
-    check_importance(importance or {}, sources)
     metadata = _metadata(planned, checkpoint, folder, name or folder.resolve().name)
-    metadata |= type_metadata(recipe.file_type)
-    if importance:
-        metadata["quantize.imatrix.file"] = importance_file
-        metadata["quantize.imatrix.entries_count"] = len(importance)
-    tensors = choose_formats(
-        [s.tensor for s in sources], recipe, choices,
-        wide_groups=wide_groups(metadata), importance=importance or (),
-    )  # fmt: skip
-    return write_model(
-        out, metadata, sources, [t.format for t in tensors], encoder,
-        importance=importance, measure=measure, force=force,
-    )  # fmt: skip
+    return write_quantized(out, metadata, sources, wide_groups(metadata), wanted, encoder)
 
 
 def _source(tensor: PlannedTensor, checkpoint: Checkpoint) -> Source:

@@ -4,64 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgellama.errors import UnsupportedModelError, UsageError
 from edgellama.gguf import GGUFFile, open_gguf
 
+from .budget import choose_by_size
 from .edit import new_tensor, raw_metadata
 from .encoder import Encoder
-from .recipes import AS_THE_RECIPE_SAYS, Choices, choose_formats, find_recipe
+from .recipes import Choices, choose_formats, find_recipe
 from .write import Source, TensorReport, write_model
 
 _QUANTIZATION_VERSION = 2
 
 
-def quantize(
-    source: Path,
-    out: Path,
-    type_name: str,
-    encoder: Encoder,
-    *,
-    choices: Choices = AS_THE_RECIPE_SAYS,
-    importance: Mapping[str, np.ndarray] | None = None,
-    importance_file: str = "",
-    measure: bool = False,
-    force: bool = False,
-) -> list[TensorReport]:
-    """Write the tensors of `source` as the recipe `type_name` has them; metadata are kept.
+class Quantization(NamedTuple):
+    """How tensors are to be stored, whatever they come from."""
+
+    type_name: str  # a recipe
+    choices: Choices = Choices()
+    target_bpw: float = 0.0  # when given, formats are chosen by size instead
+    importance: Mapping[str, np.ndarray] = {}  # f32 (n_cols,) by tensor name
+    importance_file: str = ""
+    measure: bool = False  # errors for the report
+    force: bool = False  # overwrite
+
+
+def quantize(source: Path, out: Path, wanted: Quantization, encoder: Encoder) -> list[TensorReport]:
+    """Write the tensors of a GGUF file in other formats; metadata are kept.
 
     Raises: UsageError for an unknown type, an importance matrix that does not fit, or an `out` that
     exists or is the source; ModelFileError; OSError.
     """
-    _, recipe = find_recipe(type_name)
-    if out.exists() and out.samefile(source):
+    if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{out} is the file to be read; give the new one another name")
     with open_gguf(source) as gguf:
         sources = [gguf_source(gguf, name) for name in gguf.tensors]
-        check_importance(importance or {}, sources)
+        groups = wide_groups(gguf.metadata)
+        return write_quantized(out, raw_metadata(gguf), sources, groups, wanted, encoder)
+
+
+def write_quantized(
+    out: Path,
+    metadata: Mapping[str, Any],
+    sources: list[Source],
+    wide_groups: bool,
+    wanted: Quantization,
+    encoder: Encoder,
+) -> list[TensorReport]:
+    """Choose formats and write a file; `wide_groups` as in `recipes.Layers`."""
+    _, recipe = find_recipe(wanted.type_name)
+    importance = wanted.importance
+    check_importance(importance, sources)
+    if wanted.target_bpw:
+        tensors = choose_by_size(sources, encoder, wanted.target_bpw, wanted.choices, importance)
+    else:
         tensors = choose_formats(
-            [s.tensor for s in sources], recipe, choices,
-            wide_groups=wide_groups(gguf.metadata), importance=importance or (),
+            [s.tensor for s in sources], recipe, wanted.choices,
+            wide_groups=wide_groups, importance=importance,
         )  # fmt: skip
-        metadata = raw_metadata(gguf) | type_metadata(recipe.file_type)
-        if importance:
-            metadata["quantize.imatrix.file"] = importance_file
-            metadata["quantize.imatrix.entries_count"] = len(importance)
-        return write_model(
-            out, metadata, sources, [t.format for t in tensors], encoder,
-            importance=importance, measure=measure, force=force,
-        )  # fmt: skip
-
-
-def type_metadata(file_type: int) -> dict[str, Any]:
-    """The keys that say what the blocks are."""
-    return {
+    said: dict[str, Any] = {
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": file_type,
+        "general.file_type": recipe.file_type,
     }
+    if importance:
+        said |= {
+            "quantize.imatrix.file": wanted.importance_file,
+            "quantize.imatrix.entries_count": len(importance),
+        }
+    return write_model(
+        out, {**metadata, **said}, sources, [t.format for t in tensors], encoder,
+        importance=importance, measure=wanted.measure, force=wanted.force,
+    )  # fmt: skip
 
 
 def wide_groups(metadata: Mapping[str, Any]) -> bool:

@@ -137,9 +137,6 @@ class Choices(NamedTuple):
         return next((format_name for match, format_name in found if match), "")
 
 
-AS_THE_RECIPE_SAYS = Choices()
-
-
 def find_recipe(name: str) -> tuple[str, Recipe]:
     """Return the full name and the recipe that `name` means, in any case of letters.
 
@@ -165,7 +162,7 @@ def find_format(name: str) -> BlockFormat:
 def choose_formats(
     tensors: Iterable[NewTensor],
     recipe: Recipe,
-    choices: Choices = AS_THE_RECIPE_SAYS,
+    choices: Choices = Choices(),  # noqa: B008
     *,
     wide_groups: bool,
     importance: Iterable[str] = (),

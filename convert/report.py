@@ -28,14 +28,15 @@ def summary(reports: Sequence[TensorReport]) -> str:
     return f"{nbytes / 1e6:.1f} MB, {8 * nbytes / n:.2f} bits per weight, tensors {types}"
 
 
-def write_report(path: Path, title: str, reports: Sequence[TensorReport]) -> None:
-    """Write FILE.json or FILE.html.
-
-    Raises: UsageError for another ending.
-    """
-    writers = {".json": _json, ".html": _html}
-    if path.suffix.lower() not in writers:
+def check_name(path: Path) -> None:
+    """Raise: UsageError when a report of this name cannot be written."""
+    if path.suffix.lower() not in (".json", ".html"):
         raise UsageError(f"--report {path}: the name must end in .json or .html")
+
+
+def write_report(path: Path, title: str, reports: Sequence[TensorReport]) -> None:
+    """Write FILE.json or FILE.html."""
+    writers = {".json": _json, ".html": _html}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(writers[path.suffix.lower()](title, reports), "utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_tokenizer import TEXT, byte_level
 
 from edgellama.convert.tiktoken import read_tiktoken
 from edgellama.convert.vocabulary import PROBES, read_vocabulary, sampling_defaults
@@ -17,49 +18,7 @@ from edgellama.tokenizer.bpe import byte_of_character
 from edgellama.tokenizer.pre import PRE_TOKENIZERS
 
 tokenizers = pytest.importorskip("tokenizers")
-TEXT = [*PROBES, *(f"the quick brown fox {i} jumps over the lazy dog's back" for i in range(200))]
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny_models" / "stories260K"
-# Published patterns; what they are called in a GGUF is for the converter to find out.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT4O = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve"
-    r"|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:"
-    r"'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def cutter(name: str):
-    pre = tokenizers.pre_tokenizers
-    split = {"llama3": LLAMA3, "dbrx": LLAMA3, "qwen2": QWEN2}
-    bytes_ = pre.ByteLevel(add_prefix_space=False, use_regex=name not in split)
-    if name in split:
-        return pre.Sequence([pre.Split(tokenizers.Regex(split[name]), "isolated"), bytes_])
-    return pre.Sequence([pre.Digits(True), bytes_]) if name == "starcoder" else bytes_
-
-
-def byte_level(folder: Path, name: str, **extra) -> Path:
-    """A small trained BPE, with a template that puts <s> first when `bos` is set."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name == "llama3"))
-    tokenizer.pre_tokenizer = cutter(name)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "<|end|>"], show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT, trainer)
-    tokenizer.add_tokens(["<plain>"])
-    if extra.pop("bos", False):
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, **extra}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "starcoder", "llama3", "dbrx", "qwen2"])

@@ -1,4 +1,4 @@
-"""`edgellama convert`, `quantize` and `imatrix`: checkpoints and GGUF files into GGUF files."""
+"""`edgellama convert` and `quantize`: checkpoints and GGUF files into GGUF files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from edgellama.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellama.convert.recipes import Choices
+    from edgellama.convert.quantize import Quantization
     from edgellama.convert.write import TensorReport
 
 _PATH = click.Path(path_type=Path)
@@ -26,6 +26,8 @@ def _quantizing(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Format of the tensors whose name matches; may be repeated."),
         click.option("--keep-output", is_flag=True, help="Leave output.weight as it is."),
         click.option("--pure", is_flag=True, help="One format for all matrices, no mix."),
+        click.option("--target-bpw", type=click.FloatRange(1, 32), default=0.0, metavar="BITS",
+                     help="Choose formats for this many bits per weight, in place of TYPE's mix."),
         click.option("--report", type=_PATH, metavar="FILE.json|html",
                      help="Write size and error of every tensor."),
         click.option("-t", "--threads", type=click.IntRange(1), help="Threads; default: all cores."),
@@ -41,23 +43,21 @@ def _quantizing(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("type_name", metavar="TYPE")
 @_quantizing
 def quantize(
-    source: Path, out: Path, type_name: str, imatrix: Path | None, overrides: tuple[str, ...],
-    keep_output: bool, pure: bool, report: Path | None, threads: int | None, force: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    out: Path,
+    type_name: str,
+    report: Path | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
     """Write IN.gguf in the block formats of TYPE: q4_k_m, q8_0, q5_0, f16 ..."""
     from edgellama.convert.encoder import Encoder
-    from edgellama.convert.importance import read_importance
     from edgellama.convert.quantize import quantize
 
     start = time.monotonic()
+    wanted = _wanted(type_name, report, **options)
     with Encoder(threads) as encoder:
-        reports = quantize(
-            source, out, type_name, encoder,
-            choices=_choices(overrides, keep_output, pure),
-            importance=read_importance(imatrix) if imatrix else None,
-            importance_file=imatrix.name if imatrix else "",
-            measure=report is not None, force=force,
-        )  # fmt: skip
+        reports = quantize(source, out, wanted, encoder)
     _finish(out, reports, report, time.monotonic() - start)
 
 
@@ -72,8 +72,7 @@ def quantize(
 @_quantizing
 def convert(
     source: str, out: Path, type_name: str, name: str | None, tokenizer: Path | None, offline: bool,
-    imatrix: Path | None, overrides: tuple[str, ...], keep_output: bool, pure: bool,
-    report: Path | None, threads: int | None, force: bool,
+    report: Path | None, threads: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Convert SRC to one GGUF file.
 
@@ -84,23 +83,25 @@ def convert(
     from edgellama.convert.convert import convert
     from edgellama.convert.download import fetch_checkpoint, is_repository
     from edgellama.convert.encoder import Encoder
-    from edgellama.convert.importance import read_importance
 
     start = time.monotonic()
-    path = fetch_checkpoint(source, offline=offline) if is_repository(source) else source
-    with open_checkpoint(path) as checkpoint, Encoder(threads) as encoder:
-        reports = convert(
-            checkpoint, out, type_name, encoder,
-            choices=_choices(overrides, keep_output, pure),
-            importance=read_importance(imatrix) if imatrix else None,
-            importance_file=imatrix.name if imatrix else "",
-            name=name, tokenizer=tokenizer, measure=report is not None, force=force,
-        )  # fmt: skip
+    wanted = _wanted(type_name, report, **options)
+    if is_repository(source):
+        source, name = str(fetch_checkpoint(source, offline=offline)), name or source[3:]
+    with open_checkpoint(source) as checkpoint, Encoder(threads) as encoder:
+        reports = convert(checkpoint, out, wanted, encoder, name=name, tokenizer=tokenizer)
     _finish(out, reports, report, time.monotonic() - start)
 
 
-def _choices(overrides: tuple[str, ...], keep_output: bool, pure: bool) -> Choices:
+def _wanted(
+    type_name: str, report: Path | None, imatrix: Path | None, overrides: tuple[str, ...],
+    keep_output: bool, pure: bool, target_bpw: float, force: bool,
+) -> Quantization:  # fmt: skip
+    """The options that both commands share, checked."""
+    from edgellama.convert.importance import read_importance
+    from edgellama.convert.quantize import Quantization
     from edgellama.convert.recipes import Choices
+    from edgellama.convert.report import check_name
 
     pairs = []
     for text in overrides:
@@ -108,7 +109,17 @@ def _choices(overrides: tuple[str, ...], keep_output: bool, pure: bool) -> Choic
         if not equals or not pattern:
             raise UsageError(f"--tensor-type {text!r} is no REGEX=FORMAT")
         pairs.append((pattern, format_name))
-    return Choices(pairs, keep_output, pure)
+    if report is not None:
+        check_name(report)
+    return Quantization(
+        type_name,
+        Choices(pairs, keep_output, pure),
+        target_bpw,
+        read_importance(imatrix) if imatrix else {},
+        imatrix.name if imatrix else "",
+        measure=report is not None,
+        force=force,
+    )
 
 
 def _finish(out: Path, reports: list[TensorReport], report: Path | None, seconds: float) -> None:

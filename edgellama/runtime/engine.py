@@ -354,13 +354,39 @@ class Engine:
         if not self._team.run(self._step.words, first, last, n_threads):
             raise Aborted("the model was closed" if self._closed else "the step was aborted")
 
+    def observe(
+        self,
+        sequence: Sequence,
+        ids: SequenceOf[int],
+        visit: Callable[[str, np.ndarray], None],
+    ) -> None:
+        """Append tokens to a sequence; `visit(weight, rows)` sees the input of every projection.
+
+        `rows` is f32 (T, width) for the projections of layers and (1, width) for the head's, a view that
+        is good until `visit` returns.  Raises: UsageError when the tokens do not fit one step.
+        """
+        self._in_one_step(ids)
+        with self._locked():
+            self._check(sequence, ids)
+            self._step.want(self._stage([(sequence, ids)], [True]))
+            done = 0
+            for given in self._bound.inputs:
+                self._run(done, given.record)
+                done = given.record
+                visit(given.weight, given.rows[: 1 if given.of_out_rows else len(ids)])
+            self._run(done, self._n_records)
+            self._cache.commit(sequence, ids)
+
+    def _in_one_step(self, ids: SequenceOf[int]) -> None:
+        if len(ids) > self.n_batch:
+            raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
+
     def profile_step(self, sequence: Sequence, ids: SequenceOf[int]) -> list[float]:
         """Append tokens to a sequence one operation at a time; seconds of each record of the table.
 
         Raises: UsageError when the tokens do not fit one step.
         """
-        if len(ids) > self.n_batch:
-            raise UsageError(f"{len(ids)} tokens do not fit a step of {self.n_batch}")
+        self._in_one_step(ids)
         with self._locked():
             self._check(sequence, ids)
             self._step.want(self._stage([(sequence, ids)], [True]))

@@ -226,6 +226,8 @@ class _Lowering:
                 parts=-(-n_strips // per_part),
                 tokens=_ALL_TOKENS,
                 of_out_rows=x.of_out_rows,
+                input=self._arena.floats[x],
+                n_cols=n_cols,
                 n_macs=n_rows * n_cols,
             ),
             (source,), (out,),

@@ -48,6 +48,8 @@ class Record:
     of_out_rows: bool = False
     of_spans: bool = False  # cut into the step's spans besides
     wait: int = 0
+    input: Slot | None = None  # of a projection: what it multiplies, as floats,
+    n_cols: int = 0  # and how wide that is
     n_macs: int = 0  # per token
 
 
@@ -165,7 +167,26 @@ class Program:
             )
         logits = address[self.logits] - base
         rows = arena[logits : logits + self.logits.stride * n_out].view(np.float32)
-        return BoundProgram(table, arena, rows.reshape(n_out, -1))
+        inputs: list[Input] = []
+        for index, record in enumerate(self.records):
+            slot, weight = record.input, record.arguments.get("w")
+            if slot is None or not isinstance(weight, Weight):
+                continue
+            at = address[slot] - base
+            n_rows = n_out if slot.of_out_rows else n_batch
+            floats = arena[at : at + slot.stride * n_rows].view(np.float32).reshape(n_rows, -1)
+            floats = floats[:, : record.n_cols]
+            inputs.append(Input(index, weight.name, floats, slot.of_out_rows))
+        return BoundProgram(table, arena, rows.reshape(n_out, -1), inputs)
+
+
+class Input(NamedTuple):
+    """Where the input of a projection lies until its record has run."""
+
+    record: int
+    weight: str
+    rows: np.ndarray  # f32 (most rows of a step, width)
+    of_out_rows: bool
 
 
 @dataclass(slots=True)
@@ -175,3 +196,4 @@ class BoundProgram:
     table: np.ndarray
     arena: np.ndarray
     logits: np.ndarray
+    inputs: list[Input]
