@@ -13,9 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
@@ -49,19 +49,17 @@ class Timings:
     accepted_n: int = 0
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(NamedTuple):
     """A piece of an answer as it streams; the last one has a finish_reason."""
 
     text: str
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int]
     logprobs: None = None
     finish_reason: str | None = None
     timings: Timings | None = None
 
 
-@dataclass(slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A whole answer; finish_reason is "stop" or "length"."""
 
     text: str
@@ -295,7 +293,7 @@ class LLM:
                 logits = steps.follow(token, max_tokens - timings.predicted_n - 1)
             timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
             rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
-            yield Delta(rest, finish_reason=reason, timings=timings)
+            yield Delta(rest, [], finish_reason=reason, timings=timings)
         finally:
             steps.close()
 

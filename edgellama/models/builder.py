@@ -8,8 +8,7 @@ Rows are tokens: a tensor is (T, width) float32, and after `take` (wanted rows, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgellama.gguf import TensorInfo
 
@@ -17,25 +16,24 @@ from .config import ModelConfig
 from .rope import RopeConfig
 
 
-@dataclass(eq=False, slots=True)
 class Tensor:
     """A value in the pass: (T, width), or (n_out, width) when `of_out_rows`."""
 
-    name: str
-    width: int
-    of_out_rows: bool = False
+    __slots__ = ("name", "of_out_rows", "width")
+
+    def __init__(self, name: str, width: int, of_out_rows: bool = False) -> None:
+        self.name, self.width, self.of_out_rows = name, width, of_out_rows
 
 
-@dataclass(eq=False, slots=True)
-class Node:
+class Node(NamedTuple):
     """One operation: what it reads, what it writes, and its settings."""
 
     kind: str
     inputs: tuple[Tensor, ...]
     output: Tensor
-    weight: str = ""
-    bias: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    weight: str
+    bias: str
+    settings: dict[str, Any]
 
 
 class Builder:

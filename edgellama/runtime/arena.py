@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from edgellama.kernels import layout
 from edgellama.kernels.blocks import padded
 from edgellama.models.builder import Node, Tensor
 
 
-@dataclass(eq=False, slots=True)
 class Slot:
-    """A piece of the arena: `n_rows` rows of `stride` bytes."""
+    """A piece of the arena: `n_rows` rows of `stride` bytes (0: as many as follow from the step)."""
 
-    stride: int
-    of_out_rows: bool
-    n_rows: int = 0  # where it does not follow from the step
-    last_writer: int = -1
-    readers: list[int] = field(default_factory=list)
+    __slots__ = ("last_writer", "n_rows", "of_out_rows", "readers", "stride")
+
+    def __init__(self, stride: int, of_out_rows: bool, n_rows: int = 0) -> None:
+        self.stride, self.of_out_rows, self.n_rows = stride, of_out_rows, n_rows
+        self.last_writer = -1
+        self.readers: list[int] = []
 
 
 class Arena:

@@ -101,13 +101,12 @@ class _Lowering:
         index = len(self._records)
         before = [slot.last_writer for slot in (*reads, *writes)]
         before += [reader for slot in writes for reader in slot.readers]
-        record.wait = max(before, default=-1) + 1
         for slot in reads:
             slot.readers.append(index)
         for slot in writes:
             slot.last_writer = index
             slot.readers = []
-        self._records.append(record)
+        self._records.append(record._replace(wait=max(before, default=-1) + 1))
 
     def _format(self, weight: str) -> str:
         return self._builder.tensors[weight].type_name

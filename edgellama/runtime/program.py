@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,8 +36,7 @@ class Cache(NamedTuple):
 Argument = int | float | Slot | Weight | Cache | RopeConfig
 
 
-@dataclass(slots=True)
-class Record:
+class Record(NamedTuple):
     """One operation of the table before addresses are known."""
 
     operation: str
@@ -69,8 +67,7 @@ class KVShape(Protocol):
     def layer_address(self, layer: int) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(NamedTuple):
     """Records, and the slots they work on; from record `head_first` on they run over wanted rows."""
 
     records: list[Record]
@@ -189,8 +186,7 @@ class Input(NamedTuple):
     of_out_rows: bool
 
 
-@dataclass(slots=True)
-class BoundProgram:
+class BoundProgram(NamedTuple):
     """A program with its addresses: the table, the arena, and the rows where logits appear."""
 
     table: np.ndarray
