@@ -66,7 +66,8 @@ def test_every_type_runs_and_is_what_quantize_makes(run, type_name, tmp_path):
     status, text, _ = run("gguf", "diff", direct, again)
     assert (status, text) == (0, "no difference\n")
     close = np.corrcoef(logits_of(direct).ravel(), logits_of(plain).ravel())[0, 1]
-    assert close > (0.8 if type_name.startswith("q2") else 0.95)
+    # Random weights carry errors on as they are; other weights would give about 0.
+    assert close > (0.95 if type_name[:2] in ("f3", "f1", "bf", "q5", "q6", "q8") else 0.7)
 
 
 @pytest.mark.parametrize("source", FORMATS)
@@ -162,7 +163,10 @@ def test_refusals(capsys, run, tmp_path):
 def test_weights_that_are_no_numbers_are_named(capsys, tmp_path):
     folder = make_folder(tmp_path / "llama", "llama")
     weights = random_weights(config_of("llama"))
-    for value, message in ((np.nan, "NaNs or infinities"), (1e30, "is beyond what q4_0 holds")):
+    for value, message in (
+        (np.nan, "NaNs or infinities"),
+        (1e30, "too large to be encoded as q4_0"),
+    ):
         weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
         (folder / "model.safetensors").write_bytes(safetensors(weights))
         said = refused(capsys, "convert", folder, "-o", tmp_path / "out.gguf", "--type", "q4_0")

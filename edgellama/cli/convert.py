@@ -26,7 +26,7 @@ def _quantizing(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Format of the tensors whose name matches; may be repeated."),
         click.option("--keep-output", is_flag=True, help="Leave output.weight as it is."),
         click.option("--pure", is_flag=True, help="One format for all matrices, no mix."),
-        click.option("--target-bpw", type=click.FloatRange(1, 32), default=0.0, metavar="BITS",
+        click.option("--target-bpw", type=click.FloatRange(1, 32), metavar="BITS",
                      help="Choose formats for this many bits per weight, in place of TYPE's mix."),
         click.option("--report", type=_PATH, metavar="FILE.json|html",
                      help="Write size and error of every tensor."),
@@ -95,7 +95,7 @@ def convert(
 
 def _wanted(
     type_name: str, report: Path | None, imatrix: Path | None, overrides: tuple[str, ...],
-    keep_output: bool, pure: bool, target_bpw: float, force: bool,
+    keep_output: bool, pure: bool, target_bpw: float | None, force: bool,
 ) -> Quantization:  # fmt: skip
     """The options that both commands share, checked."""
     from edgellama.convert.importance import read_importance
@@ -114,7 +114,7 @@ def _wanted(
     return Quantization(
         type_name,
         Choices(pairs, keep_output, pure),
-        target_bpw,
+        target_bpw or 0.0,
         read_importance(imatrix) if imatrix else {},
         imatrix.name if imatrix else "",
         measure=report is not None,
