@@ -73,7 +73,9 @@ def test_every_type_runs_and_is_what_quantize_makes(run, type_name, tmp_path):
 @pytest.mark.parametrize("source", FORMATS)
 def test_any_format_is_quantized_from(run, source, tmp_path):
     model = make_model(tmp_path / "m.gguf", format_name=source)
-    assert run("quantize", model, tmp_path / "q.gguf", "q8_0")[0] == 0
+    status, _, stderr = run("quantize", model, tmp_path / "q.gguf", "q8_0")
+    assert status == 0
+    assert ("was quantized before" in stderr) == (source not in ("f32", "f16", "bf16", "q8_0"))
     name = "blk.0.attn_q.weight"
     with open_gguf(model) as a, open_gguf(tmp_path / "q.gguf") as b, Encoder(1) as encoder:
         rows = encoder.decode(source, a.data(name).reshape(256, -1))

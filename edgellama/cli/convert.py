@@ -58,6 +58,12 @@ def quantize(
     wanted = _wanted(type_name, report, **options)
     with Encoder(threads) as encoder:
         reports = quantize(source, out, wanted, encoder)
+    twice = {r.source_type for r in reports if r.type != r.source_type} - {"f32", "f16", "bf16"}
+    if twice:
+        click.echo(
+            f"{source} was quantized before ({', '.join(sorted(twice))}); a float file loses less",
+            err=True,
+        )
     _finish(out, reports, report, time.monotonic() - start)
 
 
