@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgellama.errors import UnsupportedModelError, UsageError
+from edgellama.errors import UnsupportedModelError, UsageError, shown
 from edgellama.gguf import GGUFFile, open_gguf
+from edgellama.gguf.new_file import check_absent
 
 from .budget import choose_by_size
-from .edit import new_tensor, raw_metadata
+from .edit import new_tensor, raw_metadata, read_rows
 from .encoder import Encoder
 from .recipes import Choices, choose_formats, find_recipe
 from .write import Source, TensorReport, write_model
@@ -35,12 +36,15 @@ class Quantization(NamedTuple):
 def quantize(source: Path, out: Path, wanted: Quantization, encoder: Encoder) -> list[TensorReport]:
     """Write the tensors of a GGUF file in other formats; metadata are kept.
 
-    Raises: UsageError for an unknown type, an importance matrix that does not fit, or an `out` that
-    exists or is the source; ModelFileError; OSError.
+    Raises: UsageError for an unknown type, an importance matrix that does not fit, a file that is no
+    model, or an `out` that exists or is a part of the source; ModelFileError; OSError.
     """
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UsageError(f"{out} is the file to be read; give the new one another name")
     with open_gguf(source) as gguf:
+        check_absent(out, wanted.force, gguf.paths)
+        kind = gguf.metadata.get("general.type", "model")
+        if kind != "model" or not gguf.tensors:
+            what = f"is of type {shown(kind)}" if gguf.tensors else "holds no tensors"
+            raise UsageError(f"{source} {what}; a model is needed")
         sources = [gguf_source(gguf, name) for name in gguf.tensors]
         groups = wide_groups(gguf.metadata)
         return write_quantized(out, raw_metadata(gguf), sources, groups, wanted, encoder)
@@ -110,11 +114,4 @@ def gguf_source(gguf: GGUFFile, name: str) -> Source:
             f"{name} is of type {info.type_name}, which edgellama does not decode; start from "
             "another file of this model"
         )
-    reader, row_nbytes = gguf.bytes_of(name), info.format.row_nbytes(info.shape[0])
-
-    def read(start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, row_nbytes), np.uint8)
-        reader.read_into(rows.reshape(-1), start * row_nbytes)
-        return rows
-
-    return Source(new_tensor(info), read)
+    return Source(new_tensor(info), lambda start, stop: read_rows(gguf, info, start, stop - start))

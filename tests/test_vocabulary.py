@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from make_tokenizer import TEXT, byte_level
 
+from edgellama.convert.probes import PROBES
 from edgellama.convert.tiktoken import read_tiktoken
-from edgellama.convert.vocabulary import PROBES, read_vocabulary, sampling_defaults
+from edgellama.convert.vocabulary import read_vocabulary, sampling_defaults
 from edgellama.errors import ModelFileError, UnsupportedModelError
 from edgellama.tokenizer import load_tokenizer
 from edgellama.tokenizer.bpe import byte_of_character
@@ -164,7 +165,12 @@ def test_templates_and_defaults(tmp_path):
     assert metadata["tokenizer.chat_template"] == "A"
     assert metadata["tokenizer.chat_template.tool_use"] == "B"
     (tmp_path / "chat_template.jinja").write_text("C")
-    assert read_vocabulary(tmp_path, {}, 401)["tokenizer.chat_template"] == "C"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag-1.jinja").write_text("D")
+    metadata = read_vocabulary(tmp_path, {}, 401)
+    assert metadata["tokenizer.chat_template"] == "C"
+    assert metadata["tokenizer.chat_template.rag_1"] == "D"
+    assert metadata["tokenizer.chat_templates"] == ["tool_use", "rag_1"]
     given = {"temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": None}
     assert sampling_defaults(given) == {"general.sampling.temp": 0.6, "general.sampling.top_k": 20}
 
@@ -175,8 +181,9 @@ def test_bad_folders(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelFileError, match="is not sound JSON"):
         read_vocabulary(tmp_path, {}, 10)
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.raises(UnsupportedModelError, match="of type WordPiece; BPE is needed"):
+    word_piece = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    word_piece.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedModelError, match="of type 'WordPiece'; BPE is needed"):
         read_vocabulary(tmp_path, {}, 10)
     byte_level(tmp_path, "gpt-2")
     with pytest.raises(ModelFileError, match="the model has 300 rows of embeddings"):
