@@ -32,14 +32,20 @@ Ids = Callable[[str], list[int]]
 """From a text to its ids, without special tokens around them."""
 
 
-def load_library_tokenizer(path: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a tokenizer.json.
+def load_library_tokenizer(path: Path, document: dict[str, Any]) -> Any:
+    """Return the `tokenizers.Tokenizer` of a tokenizer.json, which holds `document`.
 
     The library has checked the types of all its parts then, and that they are not nested deep.
     Raises: ModelFileError with what the library does not take.
     """
     from tokenizers import Tokenizer
 
+    model = document.get("model")
+    # The library does not check that pieces are as long as the prefix, and panics.
+    if isinstance(model, dict) and "merges" in model and model.get("continuing_subword_prefix"):
+        raise UnsupportedModelError(
+            f"{path.name} has a continuing_subword_prefix, for which GGUF has no place"
+        )
     try:
         return Tokenizer.from_str(read_file(path).decode())
     except Exception as error:  # the library has no type of its own
@@ -52,11 +58,14 @@ def ids_of_library(library: Any) -> Ids:
 
 
 def ids_of_sentencepiece(path: Path) -> Ids:
-    """How a sentencepiece model gives ids."""
+    """How a sentencepiece model gives ids.  Raises: ModelFileError."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(read_file(path))
+    try:
+        processor.LoadFromSerializedProto(read_file(path))
+    except RuntimeError as error:
+        raise ModelFileError(f"{path} cannot be used: {error}; fetch it again") from None
     return lambda text: list(processor.EncodeAsIds(text))
 
 

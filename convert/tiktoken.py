@@ -19,6 +19,10 @@ _SPECIAL = (
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
 )  # fmt: skip
+LLAMA3_NAMED = {
+    "<|begin_of_text|>": "bos", "<|end_of_text|>": "eos", "<|eot_id|>": "eot", "<|eom_id|>": "eom",
+}  # fmt: skip
+"""What these tokens are called in a GGUF file."""
 _N_SPECIAL = 256
 _MAX_TOKEN_NBYTES = 1 << 10  # Llama 3's have up to 128; finding a merge takes their square
 

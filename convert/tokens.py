@@ -20,7 +20,7 @@ from edgellama.tokenizer.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 from .folder import inside, read_file
 from .probes import find_pre_tokenizer
 from .sentencepiece_model import is_sentencepiece, read_sentencepiece
-from .tiktoken import read_tiktoken
+from .tiktoken import LLAMA3_NAMED, read_tiktoken
 
 _PREFIX = "tokenizer.ggml."
 _NO_SCORE = np.float32(-1e4)  # of a token that no merge makes
@@ -176,8 +176,11 @@ def _from_model_file(path: Path, n_vocab: int) -> Tokens:
         ranks = read_tiktoken(path)
         types = np.full(len(ranks.tokens), NORMAL, np.int32)
         out = Tokens("gpt2", ranks.tokens, types, merges=ranks.merges, pre="llama-bpe")
+        out.flags["add_bos_token"] = True
         for token, text in ranks.special.items():
             out.put(token, text, CONTROL, n_vocab)
+            if text in LLAMA3_NAMED:
+                out.ids[LLAMA3_NAMED[text]] = token
         return out
     model = read_sentencepiece(path)
     if len(model.pieces) > n_vocab:

@@ -42,7 +42,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_vocab: int) -> di
     settings = read_settings(folder, "tokenizer_config.json")
     defaults = read_settings(folder, "generation_config.json")
     document = read_settings(folder, "tokenizer.json")
-    library = load_library_tokenizer(folder / "tokenizer.json") if document else None
+    library = load_library_tokenizer(folder / "tokenizer.json", document) if document else None
     tokens = read_tokens(folder, document, library, n_vocab)
     _add_tokens(tokens, document, settings, folder, n_vocab)
     tokens.extend(n_vocab)

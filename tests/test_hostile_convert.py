@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ def in_vocab(text: str, token: object):
         ("tokenizer.json", in_model(vocab={}, merges=[]), "has an empty vocabulary"),
         ("tokenizer.json", in_model(merges=[[1, 2]]), "cannot be used"),
         ("tokenizer.json", in_model(merges=["zz yy"]), "out of vocabulary"),
+        ("tokenizer.json", in_model(continuing_subword_prefix="####"), "no place"),
         ("tokenizer.json", {"model": [1]}, "cannot be used"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "used"),
         ("tokenizer.json", {"added_tokens": ["x"]}, "cannot be used"),
@@ -161,6 +163,19 @@ def test_options_that_fit_nothing(capsys, folder, tmp_path):
     assert "a file in a folder that exists" in say("--report", tmp_path / "no" / "r.json")
     assert "no such file" in say("--imatrix", tmp_path / "none").lower()
     assert "cannot be written: 'a\\udcff' is no text" in say("--name", "a\udcff")
+
+
+def test_damaged_importance(capsys, folder):
+    """Of every length; llama.cpp's older form, whose last bytes are a name in newer ones."""
+    path = folder / "m.dat"
+    name, values = b"blk.0.ffn_up.weight", np.ones(128, np.float32)
+    whole = struct.pack("<ii19sii", 1, len(name), name, 4, len(values)) + values.tobytes()
+    for n in (0, 3, 6, 30, 100, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        message = rejected(capsys, folder, "--imatrix", path)
+        assert "is no importance matrix, or damaged" in message or "is cut off in" in message
+    path.write_bytes(whole[:35].replace(b"blk", b"\xff\n!") + whole[35:])
+    assert "is of another model" in rejected(capsys, folder, "--imatrix", path)
 
 
 def test_a_long_name(capsys, folder, tmp_path):

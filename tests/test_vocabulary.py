@@ -154,8 +154,22 @@ def test_tiktoken(tmp_path):
     pairs = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
     assert ranks.merges == pairs
     assert ranks.special[len(order)] == "<|begin_of_text|>"
+    (folder / "tokenizer.json").rename(folder / "aside")  # a folder of Meta has none
+    (folder / "tokenizer_config.json").unlink()
+    metadata = read_vocabulary(folder, {}, len(order) + 256)
+    ours = load_tokenizer(metadata)
+    assert ours.encode("it") == [len(order), *ours.encode("it", add_special=False)]
+    assert {len(order) + 1, len(order) + 9} <= set(ours.eog_ids)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(document))
+    shift = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    for text in PROBES:
+        expected = [shift[t] for t in theirs.encode(text, add_special_tokens=False).tokens]
+        assert ours.encode(text, add_special=False) == expected
     path.write_text("\n".join(lines[:-1]) + "\nAAAA 9999")
     with pytest.raises(ModelFileError, match="the ranks are not 0 to"):
+        read_tiktoken(path)
+    path.write_text("\n".join(lines) + f"\n{base64.b64encode(b'x' * 5000).decode()} {len(order)}")
+    with pytest.raises(ModelFileError, match="has 5000 bytes; 1 to 1024 are read"):
         read_tiktoken(path)
 
 
