@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import numpy as np
 from edgellama.errors import UnsupportedModelError, UsageError, shown
 from edgellama.gguf import GGUFFile, open_gguf
 from edgellama.gguf.new_file import check_absent
+from edgellama.gguf.writer import NewTensor
 
 from .budget import choose_by_size
 from .edit import new_tensor, raw_metadata, read_rows
 from .encoder import Encoder
-from .recipes import Choices, choose_formats, find_recipe
+from .recipes import RECIPES, Choices, choose_formats, find_recipe
 from .write import Source, TensorReport, write_model
 
 _QUANTIZATION_VERSION = 2
@@ -71,7 +73,7 @@ def write_quantized(
         )  # fmt: skip
     said: dict[str, Any] = {
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": recipe.file_type,
+        "general.file_type": _commonest(tensors) if wanted.target_bpw else recipe.file_type,
     }
     if importance:
         said |= {
@@ -82,6 +84,15 @@ def write_quantized(
         out, {**metadata, **said}, sources, [t.format for t in tensors], encoder,
         importance=importance, measure=wanted.measure, force=wanted.force,
     )  # fmt: skip
+
+
+def _commonest(tensors: list[NewTensor]) -> int:
+    """The file type of the format that most weights have."""
+    n_weights: dict[str, int] = {}
+    for t in tensors:
+        n_weights[t.format.name] = n_weights.get(t.format.name, 0) + prod(t.shape)
+    most = max(n_weights, key=n_weights.__getitem__)
+    return next((r.file_type for r in RECIPES.values() if r.base == most), 0)
 
 
 def wide_groups(metadata: Mapping[str, Any]) -> bool:

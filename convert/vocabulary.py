@@ -21,7 +21,7 @@ from edgellama.tokenizer.vocab import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-)  # fmt: skip
+)
 
 from .folder import inside, read_file, read_json
 from .probes import compare, ids_of_library, ids_of_sentencepiece, load_library_tokenizer

@@ -129,6 +129,12 @@ def test_options(run, tmp_path):
     with open_gguf(out) as gguf:
         n = sum(t.n_weights for t in gguf.tensors.values())
         assert 4.5 < 8 * sum(t.nbytes for t in gguf.tensors.values()) / n <= 5
+        by_type: dict[str, int] = {}
+        for t in gguf.tensors.values():
+            by_type[t.type_name] = by_type.get(t.type_name, 0) + t.n_weights
+        commonest = max(by_type, key=by_type.__getitem__)
+        file_types = [r.file_type for r in RECIPES.values() if r.base == commonest]
+        assert gguf.metadata["general.file_type"] in file_types
 
 
 def test_reports(run, tmp_path):
