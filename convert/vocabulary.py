@@ -167,8 +167,8 @@ def _ask_for_flags(tokens: Tokens, library: Any, settings: dict[str, Any]) -> No
     if plain and whole != plain:
         tokens.flags["add_bos_token"] = whole[0] == tokens.ids.get("bos")
         tokens.flags["add_eos_token"] = whole[-1] == tokens.ids.get("eos")
-    else:
-        tokens.flags.setdefault("add_bos_token", False)
+    elif settings.get("add_bos_token") is None:
+        tokens.flags["add_bos_token"] = False
     if tokens.kind == "llama" and plain:
         tokens.flags["add_space_prefix"] = tokens.texts[plain[0]].startswith("\u2581")
 

@@ -130,8 +130,11 @@ def test_sentencepiece_in_a_tokenizer_json(tmp_path):
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    (folder / "tokenizer.model").unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
+    both = read_vocabulary(folder, {}, 600)
+    assert wanted["tokenizer.ggml.add_bos_token"] is True
+    assert both["tokenizer.ggml.add_bos_token"] is False  # tokenizer.json knows better
+    (folder / "tokenizer.model").unlink()
     metadata = read_vocabulary(folder, {"bos_token_id": 1, "eos_token_id": [2, 0]}, 600)
     assert metadata["tokenizer.ggml.tokens"] == tokens
     assert (metadata["tokenizer.ggml.token_type"] == wanted["tokenizer.ggml.token_type"]).all()
