@@ -68,32 +68,32 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
 # --- special tokens and settings ------------------------------------------------------------------
 def _added_tokens(
     document: dict[str, Any], settings: dict[str, Any], folder: Path
-) -> Iterator[tuple[int, str, bool]]:
+) -> Iterator[tuple[int, tuple[str, bool]]]:
     """Yield id, text and whether it is special of what stands outside the model's vocabulary."""
     for text, token in read_settings(folder, "added_tokens.json").items():
         if type(token) is not int:
             raise ModelFileError(
                 f"added_tokens.json: {shown(text)} has the id {shown(token)}; a number is needed"
             )
-        yield token, text, False
+        yield token, (text, False)
     decoder = settings.get("added_tokens_decoder") or {}
     for key, entry in decoder.items() if isinstance(decoder, dict) else (("", decoder),):
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,9}", key):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str) or not re.fullmatch(r"[0-9]{1,9}", key):
             raise ModelFileError(
                 f"tokenizer_config.json: added_tokens_decoder holds {shown(key)}: {shown(entry)}; "
                 "ids are needed, and a content for each"
             )
-        yield int(key), text, bool(entry.get("special"))
+        yield int(key), (content, bool(entry.get("special")))
     for entry in document.get("added_tokens") or ():  # which the library has checked
-        yield entry["id"], entry["content"], bool(entry.get("special"))
+        yield entry["id"], (entry["content"], bool(entry.get("special")))
 
 
 def _add_tokens(
     tokens: Tokens, document: dict[str, Any], settings: dict[str, Any], folder: Path, n_vocab: int
 ) -> None:
     """Put added tokens, as control or user-defined ones; of two files, the later one is right."""
-    added = {token: rest for token, *rest in _added_tokens(document, settings, folder)}
+    added = dict(_added_tokens(document, settings, folder))
     for token, (text, special) in sorted(added.items()):
         known = tokens.types[token] if 0 <= token < len(tokens.types) else UNUSED
         if known in (UNKNOWN, CONTROL, BYTE):

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
+from edgellama.generation import Completion, Delta, collect, generate
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
@@ -31,42 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgellama.chat import ChatTemplate
-
-
-@dataclass(slots=True)
-class Timings:
-    """How long the parts took; `cached_n` prompt tokens came from an earlier call.
-
-    Of the answer, `drafted_n` tokens were guessed and `accepted_n` guesses were right.
-    """
-
-    prompt_n: int = 0
-    prompt_s: float = 0.0
-    predicted_n: int = 0
-    predicted_s: float = 0.0
-    cached_n: int = 0
-    drafted_n: int = 0
-    accepted_n: int = 0
-
-
-class Delta(NamedTuple):
-    """A piece of an answer as it streams; the last one has a finish_reason."""
-
-    text: str
-    tokens: list[int]
-    logprobs: None = None
-    finish_reason: str | None = None
-    timings: Timings | None = None
-
-
-class Completion(NamedTuple):
-    """A whole answer; finish_reason is "stop" or "length"."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    timings: Timings
-    logprobs: None = None
 
 
 class _TokenizerThread(threading.Thread):
@@ -242,7 +205,6 @@ class LLM:
             raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number, 0 or more")
         seed = self._next_seed() if seed is None else seed
         sampler = Sampler(temperature, top_k, top_p, min_p, seed)
-        stops = StopStrings(stop)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, True, parse_special)
         else:
@@ -260,42 +222,15 @@ class LLM:
         limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
         if max_tokens is not None:
             limit = min(limit, max_tokens)
-        return self._generate(ids, sampler, stops, limit)
+        return self._answer(ids, sampler, StopStrings(stop), limit)
 
-    def _generate(
+    def _answer(
         self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
     ) -> Iterator[Delta]:
-        timings = Timings(prompt_n=len(ids))
-        decoder = self.tokenizer.stream()
-        steps = Steps(self._engine, sampler, self._new_drafter())
-        reason = "length"
-        try:
-            start = time.perf_counter()
-            logits = steps.begin(ids)
-            timings.cached_n = steps.n_cached
-            timings.prompt_s = time.perf_counter() - start
-            start = time.perf_counter()
-            while timings.predicted_n < max_tokens:
-                token = sampler.sample(logits)
-                if token in self.tokenizer.eog_ids:
-                    reason = "stop"
-                    break
-                timings.predicted_n += 1
-                timings.predicted_s = time.perf_counter() - start
-                text = stops.feed(decoder.feed(token))
-                if stops.stopped:
-                    reason = "stop"
-                    yield Delta(text, [token])
-                    break
-                yield Delta(text, [token])
-                if timings.predicted_n == max_tokens:
-                    break
-                logits = steps.follow(token, max_tokens - timings.predicted_n - 1)
-            timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
-            rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
-            yield Delta(rest, [], finish_reason=reason, timings=timings)
-        finally:
-            steps.close()
+        steps = Steps(
+            self._engine, sampler, self._new_drafter()
+        )  # once the first piece is asked for
+        yield from generate(ids, steps, sampler, self.tokenizer, stops, max_tokens)
 
     def _new_drafter(self) -> Drafter | None:
         ends = self.tokenizer.eog_ids
@@ -312,7 +247,7 @@ class LLM:
             raise UsageError(f"n is {n!r}; it must be a whole number, at least 1")
         seed = options.pop("seed", None)
         done = [
-            _collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
+            collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
             for i in range(n)
         ]
         return done[0] if n == 1 else done
@@ -346,7 +281,7 @@ class LLM:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
-        return _collect(self.stream_chat(messages, **options))
+        return collect(self.stream_chat(messages, **options))
 
     def _next_seed(self) -> int | None:
         """Seeds of calls differ, and follow from the model's own when it has one."""
@@ -354,13 +289,3 @@ class LLM:
             return None
         self._n_calls += 1
         return self._seed + self._n_calls - 1
-
-
-def _collect(deltas: Iterator[Delta]) -> Completion:
-    text, tokens = "", []
-    for delta in deltas:
-        text += delta.text
-        tokens += delta.tokens
-    assert delta.finish_reason is not None
-    assert delta.timings is not None
-    return Completion(text, tokens, delta.finish_reason, delta.timings)

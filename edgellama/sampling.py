@@ -80,11 +80,16 @@ class Sampler:
             p = np.exp(values / self.temperature)
         return ids, p / p.sum()
 
-    def sample(self, logits: np.ndarray) -> int:
-        """Draw a token from logits f32 (V,).
+    def accept(self, token: int) -> None:
+        """Note the token that the answer goes on with: the one drawn, or another."""
+
+    def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """Draw a token from logits f32 (V,), of those that `allowed` bool (V,) leaves.
 
         Raises: EdgeLlamaError when the logits are not numbers.
         """
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
         best = int(np.argmax(logits))  # the first NaN, if there is one
         if not np.isfinite(logits[best]):
             raise EdgeLlamaError(

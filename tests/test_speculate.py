@@ -13,8 +13,9 @@ from make_gguf import make_model
 
 from edgellama import llm as llm_module
 from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
+from edgellama.generation import Completion
 from edgellama.gguf import open_gguf
-from edgellama.llm import LLM, Completion
+from edgellama.llm import LLM
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Aborted, Engine
 from edgellama.runtime.kvcache import PAGE, KVCache
