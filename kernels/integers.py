@@ -69,10 +69,14 @@ def dot16(bits):
     """
 
     def emit(builder, a, b, c, d, y):
-        return vectors.lowering.dot16(builder, (a, b, c, d), y, bits)
+        activations = vectors.lowering.columns4(builder, y)
+        return vectors.lowering.dot16(builder, (a, b, c, d), activations, bits)
 
     return operation(I32x8, emit)
 
+
+spread16 = operation(types.void, lambda b, to, a: vectors.lowering.spread16(b, to, a))
+"""Write the 16 bytes of activations at an address into 128, as `byte_tile_operations` reads them."""
 
 # --- products of words ----------------------------------------------------------------------------
 widen_i8 = operation(Words16, lambda b, v: b.sext(v, vector(i16, 16)))
