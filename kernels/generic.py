@@ -20,6 +20,7 @@ from .emit import (
     load,
     shuffle,
     splat,
+    splat_value,
     store_value,
     vector,
 )
@@ -73,6 +74,18 @@ class Generic:
                 acc = cls.pairs_add(builder, acc, w, y)
             sums.append(cls.pairs_sum(builder, acc))
         return sums[0] if at_once == 4 else builder.add(*sums)
+
+    @staticmethod
+    def centre16(builder, to, address, total, centre):
+        """Write what `centred16` subtracts: `centre` times the `total` of the 16 bytes at an address."""
+        product = builder.mul(builder.trunc(total, i32), i32(centre))
+        store_value(builder, to, splat_value(builder, product, 8))
+
+    @classmethod
+    def centred16(cls, builder, weights, activations, address, bits):
+        """As `dot16`, less what `centre16` wrote at an address."""
+        total = cls.dot16(builder, weights, activations, bits)
+        return builder.sub(total, load(builder, address, vector(i32, 8)))
 
     @staticmethod
     def words_add(builder, acc, w, y):

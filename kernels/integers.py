@@ -78,6 +78,16 @@ def dot16(bits):
 spread16 = operation(types.void, lambda b, to, a: vectors.lowering.spread16(b, to, a))
 """Write the 16 bytes of activations at an address into 128, as `byte_tile_operations` reads them."""
 
+
+def centre16(centre):
+    """Return write(to, y, total): 32 bytes that take `centre` off the codes multiplied with those at `y`."""
+
+    def emit(builder, to, y, total):
+        vectors.lowering.centre16(builder, to, y, total, centre)
+
+    return operation(types.void, emit)
+
+
 # --- products of words ----------------------------------------------------------------------------
 widen_i8 = operation(Words16, lambda b, v: b.sext(v, vector(i16, 16)))
 words_add = operation(I32x8, lambda b, acc, w, y: vectors.lowering.words_add(b, acc, w, y))

@@ -42,66 +42,97 @@ zero_sums, _, _, store_sums = tile_operations(1, TILE)
 
 
 def _block_functions(format_):
-    """(load, accumulate, unpack, spread, multiply, nbytes): what is done with a block.
+    """(accumulate, unpack, spread, multiply, nbytes): what is done with a block.
 
     `accumulate` joins it to a sum, `unpack` writes it into a panel and `spread` one of activations
     beside it, in `nbytes` each; `multiply` adds their products to a tile.
     """
-    load = format_.load
-    dot = dot16(format_.bits)
-    nbytes = 320 + 32 * format_.groups
-    add, add_offset = byte_tile_operations(TILE, format_.bits, nbytes)
+    kinds = (_centred, _with_minimum, _with_minimums)
+    nbytes = 384 if format_.minimums != 1 else 352
+    operations = byte_tile_operations(TILE, format_.bits, nbytes)
+    return *kinds[format_.minimums](format_, dot16(format_.bits), *operations), nbytes
+
+
+def _centred(format_, dot, add, add_centred, add_offset):
+    centre = format_.centre
+    write_centre = centre16(centre)
 
     @inline
-    def spread_halves(to, y):
-        spread16(to, y)
-        store_f32x8(to + 128, broadcast_f32(y + 32))
-        spread16(to + 160, y + 16)
-        store_f32x8(to + 288, broadcast_f32(y + 36))
-
-    if format_.groups == 1:
-
-        @inline
-        def accumulate(w, y, acc):
-            q, d, m = w
-            sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
-            acc = fma(sum0, d * broadcast_f32(y + 32), acc)
-            sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
-            acc = fma(sum1, d * broadcast_f32(y + 36), acc)
-            return fma(m, broadcast_f32(y + 48), acc)
-
-        @inline
-        def unpack(w, to):
-            q, d, m = w
-            store_half(to, q[0], q[1], q[2], q[3], d)
-            store_half(to + 160, q[4], q[5], q[6], q[7], d)
-            store_f32x8(to + 320, m)
-
-        @inline
-        def spread(y, to):
-            spread_halves(to, y)
-            store_f32x8(to + 320, broadcast_f32(y + 48))
-
-        @inline
-        def multiply(sums, w, y):
-            sums = add(sums, w, y)
-            sums = add(sums, w + 160, y + 160)
-            return add_offset(sums, w + 320, y + 320)
-
-        return load, accumulate, unpack, spread, multiply, nbytes
+    def accumulate(w, y, acc):
+        q, d0, d1 = w
+        sum0 = dot(q[0], q[1], q[2], q[3], y) - broadcast_i32(y + 40) * splat_i32(centre)
+        sum1 = dot(q[4], q[5], q[6], q[7], y + 16) - broadcast_i32(y + 44) * splat_i32(centre)
+        acc = fma(to_f32(sum0), d0 * broadcast_f32(y + 32), acc)
+        return fma(to_f32(sum1), d1 * broadcast_f32(y + 36), acc)
 
     @inline
-    def accumulate16(w, y, acc):
+    def unpack(w, to):
+        q, d0, d1 = w
+        store_half(to, q[0], q[1], q[2], q[3], d0)
+        store_half(to + 160, q[4], q[5], q[6], q[7], d1)
+
+    @inline
+    def spread(y, to):
+        spread_halves(y, to)
+        write_centre(to + 320, y, load_i32(y + 40))
+        write_centre(to + 352, y + 16, load_i32(y + 44))
+
+    @inline
+    def multiply(sums, w, y):
+        sums = add_centred(sums, w, y, y + 320)
+        return add_centred(sums, w + 160, y + 160, y + 352)
+
+    return accumulate, unpack, spread, multiply
+
+
+def _with_minimum(format_, dot, add, add_centred, add_offset):
+    @inline
+    def accumulate(w, y, acc):
+        q, d, m = w
+        sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
+        sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
+        acc = fma(sum0, d * broadcast_f32(y + 32), acc)
+        acc = fma(sum1, d * broadcast_f32(y + 36), acc)
+        return fma(m, broadcast_f32(y + 48), acc)
+
+    @inline
+    def unpack(w, to):
+        q, d, m = w
+        store_half(to, q[0], q[1], q[2], q[3], d)
+        store_half(to + 160, q[4], q[5], q[6], q[7], d)
+        store_f32x8(to + 320, m)
+
+    @inline
+    def spread(y, to):
+        spread_halves(y, to)
+        store_f32x8(to + 320, broadcast_f32(y + 48))
+
+    @inline
+    def multiply(sums, w, y):
+        sums = add(sums, w, y)
+        sums = add(sums, w + 160, y + 160)
+        return add_offset(sums, w + 320, y + 320)
+
+    return accumulate, unpack, spread, multiply
+
+
+def _with_minimums(format_, dot, add, add_centred, add_offset):
+    @inline
+    def scaled_sum(y, half):
+        return broadcast_f32(y + 32 + half * 4) * to_f32(broadcast_i32(y + 40 + half * 4))
+
+    @inline
+    def accumulate(w, y, acc):
         q, d0, d1, m0, m1 = w
         sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
         sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
         acc = fma(sum0, d0 * broadcast_f32(y + 32), acc)
         acc = fma(sum1, d1 * broadcast_f32(y + 36), acc)
-        acc = fma(m0, broadcast_f32(y + 40), acc)
-        return fma(m1, broadcast_f32(y + 44), acc)
+        acc = fma(m0, scaled_sum(y, 0), acc)
+        return fma(m1, scaled_sum(y, 1), acc)
 
     @inline
-    def unpack16(w, to):
+    def unpack(w, to):
         q, d0, d1, m0, m1 = w
         store_half(to, q[0], q[1], q[2], q[3], d0)
         store_half(to + 160, q[4], q[5], q[6], q[7], d1)
@@ -109,19 +140,27 @@ def _block_functions(format_):
         store_f32x8(to + 352, m1)
 
     @inline
-    def spread16_(y, to):
-        spread_halves(to, y)
-        store_f32x8(to + 320, broadcast_f32(y + 40))
-        store_f32x8(to + 352, broadcast_f32(y + 44))
+    def spread(y, to):
+        spread_halves(y, to)
+        store_f32x8(to + 320, scaled_sum(y, 0))
+        store_f32x8(to + 352, scaled_sum(y, 1))
 
     @inline
-    def multiply16(sums, w, y):
+    def multiply(sums, w, y):
         sums = add(sums, w, y)
         sums = add(sums, w + 160, y + 160)
         sums = add_offset(sums, w + 320, y + 320)
         return add_offset(sums, w + 352, y + 352)
 
-    return load, accumulate16, unpack16, spread16_, multiply16, nbytes
+    return accumulate, unpack, spread, multiply
+
+
+@inline
+def spread_halves(y, to):
+    spread16(to, y)
+    store_f32x8(to + 128, broadcast_f32(y + 32))
+    spread16(to + 160, y + 16)
+    store_f32x8(to + 288, broadcast_f32(y + 36))
 
 
 @inline
@@ -136,7 +175,8 @@ def store_half(to, a, b, c, d, scale):
 def strip_functions(format_name):
     """(stream, batch): a strip of 32 rows for one token from the packed form, and many for many."""
     format_ = LOADS[format_name]
-    load, accumulate, unpack, spread, multiply, nbytes = _block_functions(format_)
+    load = format_.load
+    accumulate, unpack, spread, multiply, nbytes = _block_functions(format_)
     block_nbytes = FORMATS[format_name].group_nbytes(256) // 8
     prefetch_ahead = 3072
 
@@ -213,8 +253,10 @@ def strip_functions(format_name):
 def row_function(format_name):
     """columns(w, block, lane, to, scratch): 32 weights of row `lane` of a group as floats."""
     format_ = LOADS[format_name]
-    load, _, unpack, *_ = _block_functions(format_)
-    groups = format_.groups
+    load = format_.load
+    _, unpack, *_ = _block_functions(format_)
+    centre = format_.centre
+    minimums = format_.minimums
 
     @inline
     def columns(w, block, lane, to, scratch):
@@ -222,15 +264,14 @@ def row_function(format_name):
         for i in range(32):
             half = i // 16
             at = scratch + half * 160
-            q = load_u8(at + (i % 16 // 4) * 32 + lane * 4 + i % 4)
-            m = scratch + 320 + lane * 4
-            if groups == 2:
-                m += half * 32
-            value = fma(
-                splat_f32(np.float32(q)),
-                splat_f32(load_f32(at + 128 + lane * 4)),
-                splat_f32(load_f32(m)),
-            )
-            store_f32(to + i * 4, first_lane(value))
+            q = load_u8(at + (i % 16 // 4) * 32 + lane * 4 + i % 4) - centre
+            d = load_f32(at + 128 + lane * 4)
+            value = np.float32(q) * d
+            if minimums != 0:
+                m = scratch + 320 + lane * 4 + half * 32 * (minimums - 1)
+                value = first_lane(
+                    fma(splat_f32(np.float32(q)), splat_f32(d), splat_f32(load_f32(m)))
+                )
+            store_f32(to + i * 4, value)
 
     return columns

@@ -23,7 +23,7 @@ for name in sys.argv[2:]:
     print("# operation", machine.emit_assembly(module), sep="\\n")
 """
 PRODUCTS = {
-    "x86-64-v3": ({"vpmaddubsw": 48, "vpmaddwd": 24}, {"vpmaddwd"}),
+    "x86-64-v3": ({"vpmaddubsw": 48, "vpmaddwd": 12}, {"vpmaddwd"}),
     "x86-64-avxvnni": ({"vpdpbusd": 48}, {"vpdpwssd"}),
     "x86-64-avx512vnni": ({"vpdpbusd": 48}, {"vpdpwssd"}),
     "arm64-neon": ({"smull": 24, "smull2": 24, "smlal": 72, "smlal2": 72}, {"smlal", "smlal2"}),
