@@ -32,8 +32,8 @@ CHUNK = 8
 STRIPS = 8
 """Strips of 32 rows at a time: spreading tokens out costs a twentieth of multiplying them by so many."""
 
-ROUND = 21 * TILE
-"""Tokens at a time: their sums stay in scratch while the chunks pass by."""
+ROUND = 86 * TILE
+"""Tokens at a time: their sums stay in scratch while the chunks pass by, so 512 should be one round."""
 
 assert I8_SCRATCH_NBYTES >= 384 * CHUNK * (TILE + 4 * STRIPS) + 32 * ROUND * 4 * STRIPS
 
@@ -223,6 +223,10 @@ def strip_functions(format_name):
             n = min(CHUNK, n_blocks - block)
             for g in range(n_groups):
                 for k in range(n):
+                    # A chunk of a group is too short for the CPU to see what will be read next.
+                    ahead = packed + (g + 3) * group + (block + k) * block_nbytes
+                    for i in range(0, block_nbytes, 64):
+                        prefetch(ahead + i)
                     to = panel + (g * CHUNK + k) * nbytes
                     unpack(load(packed + g * group, block + k), to)
             at = sums

@@ -166,9 +166,9 @@ def test_rounds_of_tokens_chunks_of_columns_and_many_strips(format_name: str) ->
     rng = np.random.default_rng(2)
     n_cols = {"q4_1": 544, "q6_k": 768}[format_name]
     raw = random_blocks(format_name, 11 * STRIP, n_cols, rng)
-    x = rng.standard_normal((263, n_cols)).astype(np.float32)
+    x = rng.standard_normal((523, n_cols)).astype(np.float32)
     out = project(format_name, raw, x, per_part=10)
-    for t in (0, 5, 125, 126, 251, 252, 257, 262):
+    for t in (0, 5, 515, 516, 517, 522):
         assert np.array_equal(project(format_name, raw, x[t : t + 1])[0], out[t]), t
 
 
