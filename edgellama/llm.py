@@ -4,25 +4,41 @@
         print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
 
 Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer,
-the chat template, the sampler and the stop rules.
+the chat template, the sampler and the stop rules.  How an answer grows: `generation.py`.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
+from edgellama.generation import (
+    Answer,
+    Completion,
+    Delta,
+    Logprobs,
+    Timings,
+    TokenLogprob,
+    answer_together,
+    collect,
+    stream,
+)
 from edgellama.gguf import open_gguf
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
-from edgellama.sampling import Sampler
+from edgellama.sampling import (
+    LogitsProcessor,
+    Sampler,
+    bias_by_id,
+    check_count,
+    file_params,
+    read_params,
+)
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer, load_tokenizer
@@ -31,42 +47,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgellama.chat import ChatTemplate
+    from edgellama.sampling.penalties import Breakers
 
-
-@dataclass(slots=True)
-class Timings:
-    """How long the parts took; `cached_n` prompt tokens came from an earlier call.
-
-    Of the answer, `drafted_n` tokens were guessed and `accepted_n` guesses were right.
-    """
-
-    prompt_n: int = 0
-    prompt_s: float = 0.0
-    predicted_n: int = 0
-    predicted_s: float = 0.0
-    cached_n: int = 0
-    drafted_n: int = 0
-    accepted_n: int = 0
-
-
-class Delta(NamedTuple):
-    """A piece of an answer as it streams; the last one has a finish_reason."""
-
-    text: str
-    tokens: list[int]
-    logprobs: None = None
-    finish_reason: str | None = None
-    timings: Timings | None = None
-
-
-class Completion(NamedTuple):
-    """A whole answer; finish_reason is "stop" or "length"."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    timings: Timings
-    logprobs: None = None
+__all__ = ["LLM", "Completion", "Delta", "Timings", "TokenLogprob"]
 
 
 class _TokenizerThread(threading.Thread):
@@ -161,6 +144,7 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
+        self._known_breakers: dict[tuple[str, ...], Breakers] = {}
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
         self._looks_up = draft == "lookup"
@@ -218,31 +202,100 @@ class LLM:
         return self._engine.logits(ids)
 
     # --- text -------------------------------------------------------------------------------------
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        parse_special: bool = False,
-    ) -> Iterator[Delta]:
-        """Continue a text (or token ids), yielding it piece by piece.
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Delta]:
+        """Continue a text (or token ids), yielding it piece by piece; options as in `generate`.
 
-        `max_tokens` None means until the model ends or the context is full.
         Raises: ContextOverflowError when the prompt does not fit, UsageError.
         """
-        if max_tokens is not None and not (
-            isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
-        ):
-            raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number, 0 or more")
+        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
+
+        def new_steps() -> Steps:
+            return Steps(self._engine, answer.sampler, self._new_drafter())
+
+        return stream(new_steps, ids, answer, of_prompt)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
+    ) -> Completion | list[Completion]:
+        """Continue a text (or token ids). With n > 1, return n completions, made in the same steps.
+
+        Options, all of `stream`, `chat` and `stream_chat` too:
+        `max_tokens`: None means until the model ends or the context is full.
+        `stop`: a text, or several; the answer ends before it.
+        `seed`: None is random; the i-th of n completions has seed + i.
+        `logprobs`: log probabilities of the answer's tokens; `top_logprobs`: and of this many likeliest
+        ones; `prompt_logprobs`: of the prompt's tokens.
+        `parse_special`: whether special tokens may be written out in the prompt.
+        `logits_processors`: called with all token ids so far and the logits f32 (V,), to change in place.
+        Every field of `sampling.SamplingParams`: what is left out is as the file says, or the default.
+        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        """
+        check_count("n", n, 1)
+        if n == 1:
+            return collect(self.stream(prompt, **options))
+        ids, answers, of_prompt = self._prepare(prompt, n, **options)
+        return answer_together(self._engine, ids, answers, of_prompt)
+
+    def beam(
+        self,
+        prompt: str | Sequence[int],
+        n_beams: int = 4,
+        *,
+        max_tokens: int | None = None,
+        length_penalty: float = 1.0,
+        parse_special: bool = False,
+    ) -> list[Completion]:
+        """Search for the likeliest continuations; return `n_beams` of them, the best first.
+
+        They are ordered by log probability / length ** length_penalty.
+        Raises: ContextOverflowError when the prompt or the beams do not fit, UsageError.
+        """
+        from edgellama.beam import search
+
+        check_count("n_beams", n_beams, 1)
+        ids = self._encode(prompt, parse_special)
+        limit = self._limit(ids, max_tokens)
+        return search(self._engine, self.tokenizer, ids, n_beams, limit, length_penalty)
+
+    def _prepare(
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        parse_special: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        **sampling: Any,
+    ) -> tuple[list[int], list[Answer], Logprobs | None]:
+        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+        ids = self._encode(prompt, parse_special)
+        limit = self._limit(ids, max_tokens)
+        check_count("top_logprobs", top_logprobs)
+        for name, flag in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if not isinstance(flag, bool):
+                raise UsageError(f"{name} is {flag!r}; it must be True or False (see top_logprobs)")
+        lookup = Logprobs(self.tokenizer, top_logprobs)
+        of_answer = lookup if logprobs or top_logprobs else None
         seed = self._next_seed() if seed is None else seed
-        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
-        stops = StopStrings(stop)
+        answers = [
+            Answer(
+                self.tokenizer,
+                self._sampler(ids, None if seed is None else seed + i, logits_processors, sampling),
+                StopStrings(stop),
+                limit,
+                of_answer,
+            )
+            for i in range(n)
+        ]
+        return ids, answers, lookup if prompt_logprobs else None
+
+    def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
+        """Return the ids of a prompt, at least one and no more than the context holds."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, True, parse_special)
         else:
@@ -257,45 +310,43 @@ class LLM:
                 f"the prompt has {len(ids)} tokens but the context holds {self.n_ctx}; "
                 "shorten it or use a larger n_ctx (-c)"
             )
-        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
-        if max_tokens is not None:
-            limit = min(limit, max_tokens)
-        return self._generate(ids, sampler, stops, limit)
+        return ids
 
-    def _generate(
-        self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
-    ) -> Iterator[Delta]:
-        timings = Timings(prompt_n=len(ids))
-        decoder = self.tokenizer.stream()
-        steps = Steps(self._engine, sampler, self._new_drafter())
-        reason = "length"
-        try:
-            start = time.perf_counter()
-            logits = steps.begin(ids)
-            timings.cached_n = steps.n_cached
-            timings.prompt_s = time.perf_counter() - start
-            start = time.perf_counter()
-            while timings.predicted_n < max_tokens:
-                token = sampler.sample(logits)
-                if token in self.tokenizer.eog_ids:
-                    reason = "stop"
-                    break
-                timings.predicted_n += 1
-                timings.predicted_s = time.perf_counter() - start
-                text = stops.feed(decoder.feed(token))
-                if stops.stopped:
-                    reason = "stop"
-                    yield Delta(text, [token])
-                    break
-                yield Delta(text, [token])
-                if timings.predicted_n == max_tokens:
-                    break
-                logits = steps.follow(token, max_tokens - timings.predicted_n - 1)
-            timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
-            rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
-            yield Delta(rest, [], finish_reason=reason, timings=timings)
-        finally:
-            steps.close()
+    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+        """How many tokens an answer may have."""
+        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        if max_tokens is None:
+            return limit
+        check_count("max_tokens", max_tokens)
+        return min(limit, max_tokens)
+
+    def _sampler(
+        self,
+        ids: list[int],
+        seed: int | None,
+        processors: Sequence[LogitsProcessor],
+        options: Mapping[str, Any],
+    ) -> Sampler:
+        options = {**options, **file_params(self.metadata, options)}
+        if options.get("logit_bias"):
+            options["logit_bias"] = bias_by_id(
+                options["logit_bias"], lambda text: self.tokenizer.encode(text, False, True)
+            )
+        params = read_params(options)
+        breakers = self._breakers(params.dry_sequence_breakers) if params.dry_multiplier else None
+        return Sampler(seed=seed, text=ids, breakers=breakers, processors=processors, **options)
+
+    def _breakers(self, texts: Sequence[str]) -> Breakers:
+        """The tokens of sequence breakers; looking through a vocabulary takes a while (0.3 s)."""
+        from edgellama.sampling.penalties import find_breakers
+
+        texts = tuple(texts)
+        if texts not in self._known_breakers:
+            pieces = [self.tokenizer.token_bytes(i) for i in range(self.config.n_vocab)]
+            self._known_breakers[texts] = find_breakers(
+                texts, pieces, lambda text: self.tokenizer.encode(text, False)
+            )
+        return self._known_breakers[texts]
 
     def _new_drafter(self) -> Drafter | None:
         ends = self.tokenizer.eog_ids
@@ -303,19 +354,6 @@ class LLM:
             engine = self._draft._engine
             return DraftModel(engine, engine.n_macs / self._engine.n_macs, ends)
         return Lookup(ends) if self._looks_up else None
-
-    def generate(
-        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
-    ) -> Completion | list[Completion]:
-        """Continue a text; options as in `stream`. With n > 1, return n completions."""
-        if not isinstance(n, int) or n < 1:
-            raise UsageError(f"n is {n!r}; it must be a whole number, at least 1")
-        seed = options.pop("seed", None)
-        done = [
-            _collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
-            for i in range(n)
-        ]
-        return done[0] if n == 1 else done
 
     # --- chat -------------------------------------------------------------------------------------
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
@@ -341,12 +379,12 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Delta]:
-        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
+        """Answer a chat, yielding the answer piece by piece; options as in `generate`."""
         return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
-        return _collect(self.stream_chat(messages, **options))
+        """Answer a chat of {"role": ..., "content": ...} messages; options as in `generate`."""
+        return collect(self.stream_chat(messages, **options))
 
     def _next_seed(self) -> int | None:
         """Seeds of calls differ, and follow from the model's own when it has one."""
@@ -354,13 +392,3 @@ class LLM:
             return None
         self._n_calls += 1
         return self._seed + self._n_calls - 1
-
-
-def _collect(deltas: Iterator[Delta]) -> Completion:
-    text, tokens = "", []
-    for delta in deltas:
-        text += delta.text
-        tokens += delta.tokens
-    assert delta.finish_reason is not None
-    assert delta.timings is not None
-    return Completion(text, tokens, delta.finish_reason, delta.timings)

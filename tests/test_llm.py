@@ -92,6 +92,13 @@ class FakeEngine:
     def evaluate_each(self, sequence: Any, ids: list[int]) -> np.ndarray:
         return np.array([self.evaluate(sequence, [i]) for i in ids])
 
+    def step(self, batch: Any) -> np.ndarray:
+        for sequence, _ in batch:
+            if not sequence.tokens:  # one more of the same prompt
+                sequence.n_prompt = len(self.prompts[-1])
+                sequence.tokens = list(self.prompts[-1])
+        return np.array([self.evaluate(s, ids[-1:]) for s, ids in batch])
+
     def truncate(self, sequence: Any, n_tokens: int) -> None:
         assert sequence.n_prompt <= n_tokens <= len(sequence.tokens)
         del sequence.tokens[n_tokens:]
@@ -249,7 +256,7 @@ def test_bad_n(open_llm, n: Any) -> None:
 
 
 def test_unknown_options_are_errors(open_llm) -> None:
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(UsageError, match="temprature"):
         open_llm()[0].generate("p", temprature=0)
 
 

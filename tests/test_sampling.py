@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgellama.errors import EdgeLlamaError, UsageError
-from edgellama.sampling import Sampler
+from edgellama.sampling import Sampler, SamplingParams, filters, penalties
+from edgellama.sampling.filters import Candidates, softmax
 from edgellama.stopping import StopStrings
 
 CASES = Path(__file__).parents[2] / "shared" / "data" / "cases" / "sampling.json"
@@ -47,25 +48,89 @@ def test_against_the_definition(seed: int) -> None:
     np.testing.assert_allclose(p, list(expected.values()), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["temp", "top_k", "top_p", "min_p"])
-def test_third_party_values(name: str) -> None:
-    if not CASES.exists():
-        pytest.skip("third-party sampling values are not part of this repository")
-    options = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    given = {"temp": "temp", "top_k": "k", "top_p": "p", "min_p": "p"}
-    for case in json.loads(CASES.read_text()):
-        if case["sampler"] != name:
-            continue
-        value = case[given[name]]
-        if name == "temp" and value == 0.0:
-            logits = np.log(np.array(case["probs"], np.float32))
-            assert Sampler(temperature=0).sample(logits) == int(np.argmax(case["expected"]))
-            continue
-        if name != "top_k" and value > 1:  # out of range here: an error rather than a clamp
-            continue
-        sampler = Sampler(**{**OFF, options[name]: int(value) if name == "top_k" else value})
-        _, p = sampler.candidates(np.log(np.array(case["probs"], np.float32)))
-        np.testing.assert_allclose(p, sorted(case["expected"], reverse=True), atol=1e-5)
+# --- values of a third party ----------------------------------------------------------------------
+BY_NAME = {
+    "temp": lambda c, case: filters.temperature(c, case["temp"]),
+    "temp_ext": lambda c, case: filters.temperature(
+        c, case["temp"], case["delta"], case["exponent"]
+    ),
+    "top_k": lambda c, case: filters.top_k(c, int(case["k"])),
+    "top_p": lambda c, case: filters.top_p(c, case["p"]),
+    "min_p": lambda c, case: filters.min_p(c, case["p"]),
+    "typical": lambda c, case: filters.typical_p(c, case["p"]),
+    "xtc": lambda c, case: filters.xtc(c, case["probability"], case["threshold"], 0.0),
+    "top_n_sigma": lambda c, case: filters.top_n_sigma(c, case["n"]),
+    "penalties": lambda c, case: penalties.penalize(
+        c, text_of(case),
+        SamplingParams(
+            repeat_penalty=case["repeat"], frequency_penalty=case["frequency"],
+            presence_penalty=case["presence"],
+        ),
+    ),
+    "dry": lambda c, case: penalties.dry(
+        c, text_of(case),
+        SamplingParams(
+            dry_multiplier=case["multiplier"], dry_base=case["base"],
+            dry_allowed_length=int(case["allowed_length"]),
+            dry_penalty_last_n=int(case["penalty_last_n"]),
+        ),
+        {int(head): [tuple(map(int, tail))] for head, *tail in case["seq_breakers"]},
+    ),
+}  # fmt: skip
+
+
+def text_of(case: dict) -> list[int]:
+    return [int(token) for token in case["last_tokens"]]
+
+
+def third_party() -> list[dict]:
+    return json.loads(CASES.read_text()) if CASES.exists() else []
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="third-party values are not in this repository")
+def test_third_party_values_are_there() -> None:
+    assert len(third_party()) == 65
+
+
+@pytest.mark.parametrize("case", [c for c in third_party() if c["sampler"] != "sampler_queue"])
+def test_third_party_probabilities(case: dict) -> None:
+    logits = np.log(np.array(case["probs"], np.float32))
+    c = BY_NAME[case["sampler"]](Candidates(np.arange(len(logits)), logits), case)
+    expected = sorted((p for p in case["expected"] if p > 0), reverse=True)
+    p = np.sort(softmax(c.logits))[::-1]
+    shares = np.array(expected) / sum(expected)  # after XTC and typical, theirs are not normalized
+    np.testing.assert_allclose(p[: len(expected)], shares, atol=1e-5)
+    assert p[len(expected) :].sum() < 1e-5  # they list what is excluded as zeros
+
+
+@pytest.mark.parametrize("case", [c for c in third_party() if c["sampler"] == "sampler_queue"])
+def test_third_party_queues(case: dict) -> None:
+    """Token i of n has probability proportional to i: what is left can be counted."""
+    n = int(case["n_vocab"])
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.arange(n).astype(np.float32))
+    c, first = Candidates(np.arange(n), logits), 0
+    for letter in case["sequence"]:
+        before = len(c.ids)
+        if letter == "k":
+            c = filters.top_k(c, int(case["top_k"]))
+            first = max(first, n - int(case["top_k"]))
+            expected = min(before, int(case["top_k"]))
+        elif letter == "p":
+            c = filters.top_p(c, case["top_p"])
+            if case["top_p"] >= 1:
+                expected = before
+            else:
+                weights = np.arange(n - 1, first - 1, -1)
+                enough = np.float32(case["top_p"]) * weights.sum()
+                expected = int(np.searchsorted(np.cumsum(weights), enough)) + 1
+                first = n - expected
+        else:
+            c = filters.min_p(c, case["min_p"])
+            least = np.float32(case["min_p"]) * (n - 1)
+            first = max(first, int(np.ceil(least * (1 - 1e-7))))
+            expected = n - first
+        assert sorted(c.ids.tolist()) == list(range(n - expected, n))
 
 
 def test_equal_logits_stand_in_the_order_of_their_ids() -> None:
@@ -107,7 +172,10 @@ def test_shares_of_draws() -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    Sampler(np.float32(0.5), np.int64(4), np.float64(0.9), np.float32(0.0), np.int64(3))
+    Sampler(
+        temperature=np.float32(0.5), top_k=np.int64(4), top_p=np.float64(0.9),
+        min_p=np.float32(0.0), seed=np.int64(3),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{"top_k": True}, {"top_k": 1.5}, {"seed": "1"}])
