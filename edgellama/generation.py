@@ -16,9 +16,8 @@ import numpy as np
 
 from edgellama.errors import ContextOverflowError
 from edgellama.runtime.engine import Engine
-from edgellama.runtime.kvcache import Sequence as CacheSequence
 from edgellama.sampling import Sampler
-from edgellama.speculate import Steps
+from edgellama.speculate import Steps, evaluate_prompt
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer
 
@@ -162,7 +161,10 @@ def stream(
     timings = Timings(prompt_n=len(ids))
     steps = new_steps()
     try:
-        logits = _begin(steps, ids, timings, of_prompt)
+        start = time.perf_counter()
+        logits = steps.begin(ids, of_prompt.visitor(ids) if of_prompt else None)
+        timings.cached_n = steps.n_cached
+        timings.prompt_s = time.perf_counter() - start
         start = time.perf_counter()
         while answer.finish_reason is None:
             delta = answer.take(logits)
@@ -188,12 +190,15 @@ def answer_together(
     The prompt is evaluated once: sequences share the pages that it fills.  When the cache is full,
     the last answer waits until another is done.
     """
-    prompt = Steps(engine, answers[0].sampler)
     timings = Timings(prompt_n=len(ids))
     deltas: dict[Answer, list[Delta]] = {answer: [] for answer in answers}
-    live: dict[Answer, CacheSequence] = {}
+    live = {answers[0]: engine.new_sequence()}
     try:
-        logits = _begin(prompt, ids, timings, of_prompt)
+        start = time.perf_counter()
+        visit = of_prompt.visitor(ids) if of_prompt else None
+        logits = evaluate_prompt(engine, live[answers[0]], ids, visit)
+        timings.cached_n = live[answers[0]].n_reused
+        timings.prompt_s = time.perf_counter() - start
         start = time.perf_counter()
 
         def take(answer: Answer, logits: np.ndarray) -> None:
@@ -204,11 +209,13 @@ def answer_together(
                 own = replace(timings, predicted_n=len(answer.tokens))
                 own.predicted_s = time.perf_counter() - start
                 deltas[answer].append(_last_delta(answer, own, of_prompt))
+                if answer in live:
+                    engine.free(live.pop(answer))
 
         for answer in answers:
             take(answer, logits)
-        waiting = deque(answer for answer in answers if answer.finish_reason is None)
-        n_most = len(waiting)
+        waiting = deque(a for a in answers if a.finish_reason is None and a not in live)
+        n_most = len(answers)
         while waiting or live:
             while waiting and len(live) < n_most:
                 live[waiting.popleft()] = engine.new_sequence()
@@ -225,10 +232,7 @@ def answer_together(
                 continue
             for answer, row in zip(list(live), rows, strict=True):
                 take(answer, row)
-                if answer.finish_reason is not None:
-                    engine.free(live.pop(answer))
     finally:
-        prompt.close()
         for sequence in live.values():
             engine.free(sequence)
     return [collect(iter(deltas[answer])) for answer in answers]
@@ -246,16 +250,6 @@ def collect(deltas: Iterator[Delta]) -> Completion:
     return Completion(
         text, tokens, delta.finish_reason, delta.timings, logprobs or None, delta.prompt_logprobs
     )
-
-
-def _begin(
-    steps: Steps, ids: list[int], timings: Timings, of_prompt: Logprobs | None
-) -> np.ndarray:
-    start = time.perf_counter()
-    logits = steps.begin(ids, of_prompt.visitor(ids) if of_prompt else None)
-    timings.cached_n = steps.n_cached
-    timings.prompt_s = time.perf_counter() - start
-    return logits
 
 
 def _last_delta(answer: Answer, timings: Timings, of_prompt: Logprobs | None) -> Delta:

@@ -22,6 +22,7 @@ import numpy as np
 
 from edgellama.errors import ContextOverflowError, UsageError
 from edgellama.runtime.engine import Engine
+from edgellama.runtime.kvcache import Sequence
 from edgellama.sampling import Sampler
 
 N_MOST = 15  # a step of 16 tokens takes 3.7 steps of one, of 32 tokens 6.5
@@ -166,6 +167,25 @@ class DraftModel:
         self._engine.free(self._sequence)
 
 
+def evaluate_prompt(
+    engine: Engine,
+    sequence: Sequence,
+    ids: SequenceOf[int],
+    visit: Callable[[int, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Evaluate a prompt and return the logits f32 (V,) after it.
+
+    `visit(first, rows)` sees those after every token: rows f32 (n, V), from token `first` on. Then
+    nothing is taken from the cache.
+    """
+    if visit is None:
+        return engine.evaluate(sequence, ids)
+    for first in range(0, len(ids), _N_VISITED):
+        rows = engine.evaluate_each(sequence, ids[first : first + _N_VISITED])
+        visit(first, rows)
+    return rows[-1]
+
+
 class Steps:
     """The model's logits after each token of an answer, computed ahead where a drafter guesses right.
 
@@ -188,19 +208,11 @@ class Steps:
     def begin(
         self, ids: SequenceOf[int], visit: Callable[[int, np.ndarray], None] | None = None
     ) -> np.ndarray:
-        """Return the logits f32 (V,) after a prompt.
-
-        `visit(first, rows)` sees those after every token: rows f32 (n, V), from token `first` on.
-        """
+        """Return the logits f32 (V,) after a prompt; see `evaluate_prompt`."""
         self._text = list(ids)
-        if visit is None:
-            logits = self._engine.evaluate(self._sequence, ids)
-            self.n_cached = self._sequence.n_reused
-            return logits
-        for first in range(0, len(ids), _N_VISITED):
-            rows = self._engine.evaluate_each(self._sequence, ids[first : first + _N_VISITED])
-            visit(first, rows)
-        return rows[-1]
+        logits = evaluate_prompt(self._engine, self._sequence, ids, visit)
+        self.n_cached = self._sequence.n_reused
+        return logits
 
     def follow(self, token: int, n_more: int) -> np.ndarray:
         """Return the logits f32 (V,) after one more token; at most `n_more` are asked for later."""

@@ -135,3 +135,31 @@ def test_doctor_names_an_unknown_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     targets.detect.cache_clear()
     assert isinstance(result.exception, UsageError)
     assert "z80" in str(result.exception)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+def test_sampling_options_reach_the_sampler(engine: FakeEngine) -> None:
+    assert run("-p", "x", "--temp", "0", "--logit-bias", "110-inf", "-n", "1").stdout != "n\n"
+    assert run("-p", "x", "-n", "2", "--logit-bias", "z+100").stdout == "zz\n"
+    for flags in (["--dry-multiplier", "1", "--dry-sequence-breaker", "none"], ["--mirostat", "2"]):
+        assert run("-p", "x", "--seed", "1", *flags).stdout == "né世 yes\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temp", "-1"], "temperature"), (["--mirostat-lr", "nan"], "mirostat_eta"),
+        (["--samplers", "top_k;x"], "'x'"), (["--logit-bias", "a"], "--logit-bias"),
+        (["--top-k", "-2"], "top_k"), (["--seed", "-1"], "seed"),
+    ],
+)  # fmt: skip
+def test_bad_sampling_options(engine: FakeEngine, arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        run("-p", "x", *arguments)
+
+
+def test_help_has_groups(engine: FakeEngine) -> None:
+    text = run("--help").stdout
+    assert text.index("Options:") < text.index("Sampling:") < text.index("--min-p")
+    assert text.index("--min-p") < text.index("Repetition:") < text.index("--dry-base")
+    assert len(text.splitlines()) < 60

@@ -198,6 +198,57 @@ def _seconds(sampler: Sampler, logits: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
+# --- repetitions ----------------------------------------------------------------------------------
+def naive_repetitions(text: list[int], least: int, breakers: set[int]) -> dict[int, int]:
+    """The longest end of the text, without a breaker, that stands before each token."""
+    out: dict[int, int] = {}
+    for i in range(1, len(text)):
+        for n in range(least, i + 1):
+            end = text[len(text) - n :]
+            if text[i - n : i] == end and not breakers & {*end}:
+                out[text[i]] = max(out.get(text[i], 0), n)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_repetitions_against_the_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 3, int(rng.integers(1, 40))).tolist()
+    least, breakers = int(rng.integers(1, 4)), {2} if seed % 2 else set()
+    tails = {token: [()] for token in breakers}
+    found = penalties.repetitions(text, least, 10**6, tails)
+    assert found == naive_repetitions(text, least, breakers)
+    most = least + 2
+    capped = {token: min(n, most) for token, n in found.items()}
+    assert penalties.repetitions(text, least, most, tails) == capped
+
+
+def test_breakers_of_several_tokens() -> None:
+    pieces = [b"a", b"xs", b"to", b"stop", b"p", b"s", b"q"]
+    found = penalties.find_breakers(["stop"], pieces, lambda text: [*text.encode()])
+    assert found == {3: [()], 1: [tuple(b"top")], 5: [tuple(b"top")]}
+    breakers = {1: [(2, 4)]}  # xs to p
+    assert penalties.repetitions([9, 9, 1, 2, 4, 9, 9], 1, 9, breakers) == {9: 1, 1: 2}
+    assert penalties.repetitions([1, 2, 4, 7, 1, 2, 4], 1, 9, breakers) == {}
+    assert penalties.repetitions([1, 2, 9, 7, 1, 2, 9], 1, 9, breakers) == {7: 3}
+
+
+# --- mirostat -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_keeps_the_surprise(version: int) -> None:
+    logits = (-1.1 * np.log(np.arange(1, 5001))).astype(np.float32)  # Zipf's law
+    surprise = -np.log2(softmax(logits))
+    for tau in (2.0, 4.0):
+        sampler = Sampler(
+            temperature=1.0, mirostat=version, mirostat_tau=tau, mirostat_eta=0.05, seed=1
+        )
+        drawn = [sampler.sample(logits) for _ in range(1500)][300:]
+        if version == 2:  # of the distribution that was cut, it is tau itself
+            assert abs(float(surprise[drawn].mean()) - tau) < 1.5
+        assert np.mean(drawn) < {2.0: 30, 4.0: 200}[tau]
+        assert len({*drawn}) > 3
+
+
 # --- stop strings ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("stops", "text", "shown"),

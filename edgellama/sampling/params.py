@@ -112,8 +112,10 @@ def file_params(metadata: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     return out
 
 
-def bias_by_id(bias: Mapping[Any, Any], encode: Callable[[str], list[int]]) -> dict[Any, Any]:
-    """Replace the texts of a bias by the tokens they are made of."""
+def bias_by_id(bias: Any, encode: Callable[[str], list[int]]) -> Any:
+    """Replace the texts of a bias by the tokens they are made of; nothing is checked."""
+    if not isinstance(bias, Mapping):
+        return bias
     out: dict[Any, Any] = {}
     for key, value in bias.items():
         out.update(dict.fromkeys(encode(key) if isinstance(key, str) else [key], value))
