@@ -333,7 +333,8 @@ class LLM:
                 options["logit_bias"], lambda text: self.tokenizer.encode(text, False, True)
             )
         params = read_params(options)
-        breakers = self._breakers(params.dry_sequence_breakers) if params.dry_multiplier else None
+        texts = params.dry_sequence_breakers if params.dry_multiplier else ()
+        breakers = self._breakers(texts) if texts else None
         return Sampler(seed=seed, text=ids, breakers=breakers, processors=processors, **options)
 
     def _breakers(self, texts: Sequence[str]) -> Breakers:

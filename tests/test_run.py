@@ -138,11 +138,18 @@ def test_doctor_names_an_unknown_tier(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- sampling -------------------------------------------------------------------------------------
-def test_sampling_options_reach_the_sampler(engine: FakeEngine) -> None:
-    assert run("-p", "x", "--temp", "0", "--logit-bias", "110-inf", "-n", "1").stdout != "n\n"
-    assert run("-p", "x", "-n", "2", "--logit-bias", "z+100").stdout == "zz\n"
-    for flags in (["--dry-multiplier", "1", "--dry-sequence-breaker", "none"], ["--mirostat", "2"]):
-        assert run("-p", "x", "--seed", "1", *flags).stdout == "né世 yes\n"
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["-n", "2", "--logit-bias", "z+100"], "zz\n"), (["--logit-bias", "110-inf", "-n", "0"], "\n"),
+        (["--dry-multiplier", "1", "--dry-sequence-breaker", "none"], "né世 yes\n"),
+        (["--mirostat", "2", "--mirostat-ent", "3"], "né世 yes\n"),
+    ],
+)  # fmt: skip
+def test_sampling_options_reach_the_sampler(
+    engine: FakeEngine, arguments: list[str], shown: str
+) -> None:
+    assert run("-p", "x", "--seed", "1", *arguments).stdout == shown
 
 
 @pytest.mark.parametrize(
