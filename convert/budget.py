@@ -20,7 +20,7 @@ from edgellama.kernels.blocks import FORMATS, BlockFormat
 from edgellama.progress import progress
 
 from .encoder import Encoder
-from .recipes import EMBEDDINGS, OUTPUT, Choices, is_kept
+from .recipes import EMBEDDINGS, OUTPUT, Choices, check_overrides, is_kept
 from .write import Source
 
 CANDIDATES = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0", "f16")
@@ -38,8 +38,9 @@ def choose_by_size(
 ) -> list[NewTensor]:
     """Give every tensor a format, so that all of them have at most `target_bpw` bits per weight.
 
-    Raises: UsageError when even the smallest formats take more.
+    Raises: UsageError when even the smallest formats take more, and as `check_overrides`.
     """
+    choices = check_overrides(choices, (s.tensor for s in sources))
     encoder.prepare(set(CANDIDATES) | {s.tensor.format.name for s in sources})
     budget = target_bpw / 8 * sum(prod(s.tensor.shape) for s in sources)
     n_layers = sum(s.tensor.name.endswith(".ffn_down.weight") for s in sources)
@@ -76,7 +77,7 @@ def _options(
     tensor = source.tensor
     if is_kept(tensor, choices):
         return {tensor.format.name: (0.0, tensor.nbytes)}
-    forced = choices.override(tensor.name)
+    forced = choices.override(tensor)
     weight = _OF_THE_HEAD * n_layers if tensor.name in (*OUTPUT, *EMBEDDINGS) else 1
     fitting = [
         FORMATS[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +17,21 @@ import numpy as np
 from edgellama.errors import ModelFileError, UsageError, shown
 from edgellama.gguf import GGUFFile, RawValue, TensorInfo, open_gguf
 from edgellama.gguf.cursor import ARRAY, BOOL, SCALARS, STRING
-from edgellama.gguf.writer import GGUFWriter, NewTensor, check_absent
+from edgellama.gguf.new_file import check_absent
+from edgellama.gguf.writer import GGUFWriter, NewTensor
 from edgellama.progress import Advance, progress
 
 _PIECE_NBYTES = 1 << 25
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_LAYOUT_KEYS = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+"""What says how a file is laid out, and so holds for that file alone."""
 KINDS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": BOOL,
          "str": STRING, "u64": 10, "i64": 11, "f64": 12}  # fmt: skip
 """Value types of metadata by the names that users give."""
 
 
 def raw_metadata(gguf: GGUFFile) -> dict[str, Any]:
-    """All metadata as they stand in the file, without what says that it is split."""
-    return {key: gguf.raw_value(key) for key in gguf.metadata if key not in _SPLIT_KEYS}
+    """All metadata as they stand in the file, without what says how it is laid out."""
+    return {key: gguf.raw_value(key) for key in gguf.metadata if key not in _LAYOUT_KEYS}
 
 
 def new_tensor(info: TensorInfo) -> NewTensor:
@@ -45,6 +48,14 @@ def tensor_bytes(gguf: GGUFFile, name: str) -> Iterator[np.ndarray]:
         out = np.empty(min(step, info.nbytes - at), np.uint8)
         reader.read_into(out, at)
         yield out
+
+
+def read_rows(gguf: GGUFFile, info: TensorInfo, start: int, n: int) -> np.ndarray:
+    """Return the bytes of some rows of a tensor, u8 (n, row bytes)."""
+    row_nbytes = info.format.row_nbytes(info.shape[0])
+    rows = np.empty((n, row_nbytes), np.uint8)
+    gguf.bytes_of(info.name).read_into(rows.reshape(-1), start * row_nbytes)
+    return rows
 
 
 def _copy(gguf: GGUFFile, names: Iterable[str], writer: GGUFWriter, advance: Advance) -> None:
@@ -68,7 +79,7 @@ def split(
             Path(f"{prefix}-{i:05d}-of-{len(groups):05d}.gguf") for i in range(1, len(groups) + 1)
         ]
         for path in paths:
-            check_absent(path, force)
+            check_absent(path, force, gguf.paths)
         done: list[Path] = []
         try:
             with progress("split", sum(t.nbytes for t in gguf.tensors.values())) as advance:
@@ -108,7 +119,7 @@ def _groups(tensors: list[TensorInfo], max_nbytes: int, max_tensors: int) -> lis
 
 
 def merge(source: Path, out: Path, *, force: bool = False) -> None:
-    """Join the parts of a split file, of which `source` is the first."""
+    """Join the parts of a split file, of which `source` is the first; raises as `rewrite`."""
     rewrite(source, out, {}, (), force=force)
 
 
@@ -117,11 +128,16 @@ def rewrite(
     source: Path, out: Path, changes: Mapping[str, Any], removed: Iterable[str], *,
     force: bool = False,
 ) -> None:  # fmt: skip
-    """Write `source` to `out` with some metadata changed, added or removed.
+    """Write `source` to `out`, which may be the same, with some metadata changed, added or removed.
 
-    Raises: UsageError for a key to remove that is not there; ModelFileError; OSError.
+    Raises: UsageError for a key to remove that is not there, or one that is not to be set;
+    ModelFileError; OSError.
     """
+    for key in _LAYOUT_KEYS:
+        if key in changes:
+            raise UsageError(f"{key} follows from how the file is written and cannot be set")
     with open_gguf(source) as gguf:
+        check_absent(out, force, gguf.paths if len(gguf.paths) > 1 else ())
         metadata = raw_metadata(gguf)
         for key in removed:
             if key not in metadata:
@@ -133,6 +149,7 @@ def rewrite(
             progress("write", sum(t.nbytes for t in tensors)) as advance,
         ):
             _copy(gguf, gguf.tensors, writer, advance)
+            gguf.close()  # Windows replaces no file that is open
 
 
 def parse_value(text: str, kind: str = "", old: RawValue | None = None) -> Any:
@@ -211,24 +228,17 @@ def _brief(value: Any) -> str:
 def _relative_error(one: GGUFFile, other: GGUFFile, name: str, decode: Decode) -> float:
     """sqrt(sum (a - b)^2 / sum a^2) over the weights of a tensor, a few rows at a time."""
     infos = (one.tensors[name], other.tensors[name])
-    n_cols = infos[0].shape[0]
-    n_rows = infos[0].n_weights // n_cols
-    step = max(1, _PIECE_NBYTES // (4 * n_cols))
+    for info in infos:
+        if not info.format.packed:
+            raise ModelFileError(f"{name} is of type {info.type_name}, which is not decoded")
+    n_cols, n_rows = infos[0].shape[0], prod(infos[0].shape[1:])
+    step = max(1, _PIECE_NBYTES // (4 * max(n_cols, 1)))
     error = total = 0.0
-    for start in range(0, n_rows, step):
+    for start in range(0, n_rows if n_cols else 0, step):
         n = min(step, n_rows - start)
-        rows = []
-        for gguf, info in zip((one, other), infos, strict=True):
-            row_nbytes = info.format.row_nbytes(n_cols)
-            data = np.empty((n, row_nbytes), np.uint8)
-            gguf.bytes_of(name).read_into(data.reshape(-1), start * row_nbytes)
-            rows.append((data, info))
-        for _, info in rows:
-            if not info.format.packed:
-                raise ModelFileError(f"{name} is of type {info.type_name}, which is not decoded")
-        a = decode(infos[0].type_name, rows[0][0]).astype(np.float64)
-        total += float(np.square(a).sum())
-        if infos[0].format is infos[1].format and (rows[0][0] == rows[1][0]).all():
-            continue
-        error += float(np.square(a - decode(infos[1].type_name, rows[1][0])).sum())
+        a, b = (read_rows(gguf, i, start, n) for gguf, i in zip((one, other), infos, strict=True))
+        x = decode(infos[0].type_name, a).astype(np.float64)
+        total += float(np.square(x).sum())
+        if infos[0].format is not infos[1].format or (a != b).any():
+            error += float(np.square(x - decode(infos[1].type_name, b)).sum())
     return float(np.sqrt(error / total)) if total else float(error > 0)

@@ -32,8 +32,8 @@ def inside(folder: Path, name: str) -> Path:
         home, real = folder.resolve(), path.resolve(strict=True)
     except (OSError, RuntimeError):  # missing, or links in a circle
         raise ModelFileError(f"{folder} has no {name}; it is needed to convert the model") from None
-    blobs = home.parent.parent / "blobs"
-    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
+    stores = [p.parent / "blobs" for p in list(home.parents)[:2] if p.name == "snapshots"]
+    if real.parent not in (home, *stores):
         raise ModelFileError(f"{path} is a link to a file outside its folder; put the file there")
     return path
 
@@ -63,14 +63,19 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file.  Raises: ModelFileError."""
+def read_file(path: Path) -> bytes:
+    """Return all of a file that is not large.  Raises: ModelFileError."""
     part = Part(path)
     if part.size > MAX_JSON_NBYTES:
         raise ModelFileError(f"{path.name} has {part.size} bytes; {MAX_JSON_NBYTES} are allowed")
     data = np.empty(part.size, np.uint8)
     part.read(data, 0, "its end")
-    return parse_json(data.tobytes(), path.name)
+    return data.tobytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.  Raises: ModelFileError."""
+    return parse_json(read_file(path), path.name)
 
 
 def read_index(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgellama.errors import ModelFileError
+from edgellama.errors import ModelFileError, shown
 from edgellama.gguf import open_gguf
 from edgellama.gguf.writer import GGUFWriter, NewTensor
 from edgellama.kernels.blocks import FORMATS
@@ -77,9 +77,10 @@ def _read_gguf(path: Path) -> dict[str, Sums]:
             if not name.endswith(_SUM):
                 continue
             base = name.removesuffix(_SUM)
-            if base + _COUNT not in gguf.tensors or info.type_name != "f32":
-                raise ModelFileError(f"{path}: {name} is not f32 or has no {base}{_COUNT}")
-            if len(info.shape) > 1 and info.shape[1] > 1:
+            counted = gguf.tensors.get(base + _COUNT)
+            if counted is None or {info.type_name, counted.type_name} != {"f32"}:
+                raise ModelFileError(f"{path}: {name} or its {_COUNT[1:]} are not f32 or missing")
+            if info.n_weights != info.shape[0] or counted.n_weights != 1:
                 raise ModelFileError(f"{path}: {name} is of several experts, which are not read")
             counts = gguf.data(base + _COUNT).view(np.float32)
             sums[base] = Sums(gguf.data(name).view(np.float32), int(counts[0]))
@@ -104,8 +105,8 @@ def _read_dat(path: Path) -> dict[str, Sums]:
             name = file.read(integer(_MAX_TEXT)).decode("utf-8", "replace")
             n_calls = integer((1 << 31) - 1)
             n = integer(_MAX_VALUES)
-            values = np.frombuffer(file.read(4 * n), "<f4")
-            if len(values) < n:
-                raise ModelFileError(f"{path} is cut off in {name}; make it again")
-            sums[name] = Sums(values.astype(np.float32), max(n_calls, 1))
+            raw = file.read(4 * n)
+            if len(raw) < 4 * n:
+                raise ModelFileError(f"{path} is cut off in {shown(name)}; make it again")
+            sums[name] = Sums(np.frombuffer(raw, "<f4").astype(np.float32), max(n_calls, 1))
     return sums

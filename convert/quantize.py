@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgellama.errors import UnsupportedModelError, UsageError
+from edgellama.errors import UnsupportedModelError, UsageError, shown
 from edgellama.gguf import GGUFFile, open_gguf
+from edgellama.gguf.new_file import check_absent
+from edgellama.gguf.writer import NewTensor
 
 from .budget import choose_by_size
-from .edit import new_tensor, raw_metadata
+from .edit import new_tensor, raw_metadata, read_rows
 from .encoder import Encoder
-from .recipes import Choices, choose_formats, find_recipe
+from .recipes import RECIPES, Choices, choose_formats, find_recipe
 from .write import Source, TensorReport, write_model
 
 _QUANTIZATION_VERSION = 2
@@ -35,12 +38,15 @@ class Quantization(NamedTuple):
 def quantize(source: Path, out: Path, wanted: Quantization, encoder: Encoder) -> list[TensorReport]:
     """Write the tensors of a GGUF file in other formats; metadata are kept.
 
-    Raises: UsageError for an unknown type, an importance matrix that does not fit, or an `out` that
-    exists or is the source; ModelFileError; OSError.
+    Raises: UsageError for an unknown type, an importance matrix that does not fit, a file that is no
+    model, or an `out` that exists or is a part of the source; ModelFileError; OSError.
     """
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UsageError(f"{out} is the file to be read; give the new one another name")
     with open_gguf(source) as gguf:
+        check_absent(out, wanted.force, gguf.paths)
+        kind = gguf.metadata.get("general.type", "model")
+        if kind != "model" or not gguf.tensors:
+            what = f"is of type {shown(kind)}" if gguf.tensors else "holds no tensors"
+            raise UsageError(f"{source} {what}; a model is needed")
         sources = [gguf_source(gguf, name) for name in gguf.tensors]
         groups = wide_groups(gguf.metadata)
         return write_quantized(out, raw_metadata(gguf), sources, groups, wanted, encoder)
@@ -67,7 +73,7 @@ def write_quantized(
         )  # fmt: skip
     said: dict[str, Any] = {
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": recipe.file_type,
+        "general.file_type": _commonest(tensors) if wanted.target_bpw else recipe.file_type,
     }
     if importance:
         said |= {
@@ -78,6 +84,15 @@ def write_quantized(
         out, {**metadata, **said}, sources, [t.format for t in tensors], encoder,
         importance=importance, measure=wanted.measure, force=wanted.force,
     )  # fmt: skip
+
+
+def _commonest(tensors: list[NewTensor]) -> int:
+    """The file type of the format that most weights have."""
+    n_weights: dict[str, int] = {}
+    for t in tensors:
+        n_weights[t.format.name] = n_weights.get(t.format.name, 0) + prod(t.shape)
+    most = max(n_weights, key=n_weights.__getitem__)
+    return next((r.file_type for r in RECIPES.values() if r.base == most), 0)
 
 
 def wide_groups(metadata: Mapping[str, Any]) -> bool:
@@ -110,11 +125,4 @@ def gguf_source(gguf: GGUFFile, name: str) -> Source:
             f"{name} is of type {info.type_name}, which edgellama does not decode; start from "
             "another file of this model"
         )
-    reader, row_nbytes = gguf.bytes_of(name), info.format.row_nbytes(info.shape[0])
-
-    def read(start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, row_nbytes), np.uint8)
-        reader.read_into(rows.reshape(-1), start * row_nbytes)
-        return rows
-
-    return Source(new_tensor(info), read)
+    return Source(new_tensor(info), lambda start, stop: read_rows(gguf, info, start, stop - start))

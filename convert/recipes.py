@@ -125,16 +125,44 @@ class Choices(NamedTuple):
     keep_output: bool = False  # leave output.weight as it is
     pure: bool = False  # the base format for all, no mix
 
-    def override(self, name: str) -> str:
-        """The format that the user asked for by name of a tensor, or "".
+    def override(self, tensor: NewTensor) -> str:
+        """The format that the user asked for by the name of a tensor, or "".
 
-        Raises: UsageError for an odd expression or format.
+        Raises: UsageError for rows that are no whole number of its blocks.
         """
-        found = [
-            (_compile(pattern).search(name), find_format(format_name).name)
-            for pattern, format_name in self.overrides
-        ]
-        return next((format_name for match, format_name in found if match), "")
+        for pattern, name in self.overrides:
+            if re.search(pattern, tensor.name) and not is_kept(tensor, self):
+                format_, n_cols = FORMATS[name], tensor.shape[0]
+                if n_cols % format_.n_weights:
+                    raise UsageError(
+                        f"{tensor.name} has {n_cols} columns; {name} needs a multiple of "
+                        f"{format_.n_weights}. Name another format for it with --tensor-type"
+                    )
+                return name
+        return ""
+
+
+def check_overrides(choices: Choices, tensors: Iterable[NewTensor]) -> Choices:
+    """Return the choices with formats by their full names.
+
+    Raises: UsageError for an odd expression or format, and for an expression that fits no tensor whose
+    format may be chosen.
+    """
+    names = [t.name for t in tensors if not is_kept(t, choices)]
+    overrides = []
+    for pattern, format_name in choices.overrides:
+        overrides.append((pattern, find_format(format_name).name))
+        try:
+            found = any(map(re.compile(pattern).search, names))
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+        if not found:
+            raise UsageError(
+                f"--tensor-type {pattern!r} fits no matrix of this model; names are like {names[0]}"
+                if names
+                else "the model has no matrices"
+            )
+    return choices._replace(overrides=overrides)
 
 
 def find_recipe(name: str) -> tuple[str, Recipe]:
@@ -170,9 +198,10 @@ def choose_formats(
     """Give every tensor its format; `tensors` come with the format of their source.
 
     Norms, biases and other vectors stay as they are.  `importance` names the tensors for which an
-    importance matrix is at hand.
+    importance matrix is at hand.  Raises: UsageError as `check_overrides`.
     """
     tensors = list(tensors)
+    choices = check_overrides(choices, tensors)
     has_importance = bool(list(importance))
     tied = not any(t.name in OUTPUT for t in tensors)
     counts = _role_counts(tensors)
@@ -181,18 +210,11 @@ def choose_formats(
         if is_kept(tensor, choices):
             out.append(tensor)
             continue
-        name = choices.override(tensor.name) or (recipe.base if choices.pure else "")
+        name = choices.override(tensor) or (recipe.base if choices.pure else "")
         if not name:
             name = _by_rule(tensor, recipe, tied, counts, wide_groups, has_importance)
         out.append(tensor._replace(format=FORMATS[_fitting(name, tensor.shape[0])]))
     return out
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def is_kept(tensor: NewTensor, choices: Choices) -> bool:

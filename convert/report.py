@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 from edgellama.errors import UsageError
+from edgellama.gguf.new_file import NewFile
 
 from .write import TensorReport
 
@@ -32,17 +32,19 @@ def check_name(path: Path) -> None:
     """Raise: UsageError when a report of this name cannot be written."""
     if path.suffix.lower() not in (".json", ".html"):
         raise UsageError(f"--report {path}: the name must end in .json or .html")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--report {path}: a file in a folder that exists is needed")
 
 
 def write_report(path: Path, title: str, reports: Sequence[TensorReport]) -> None:
     """Write FILE.json or FILE.html."""
     writers = {".json": _json, ".html": _html}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    new = NewFile(path, force=True)
     try:
-        temporary.write_text(writers[path.suffix.lower()](title, reports), "utf-8")
-        os.replace(temporary, path)
+        new.file.write(writers[path.suffix.lower()](title, reports).encode())
+        new.finish()
     finally:
-        temporary.unlink(missing_ok=True)
+        new.discard()
 
 
 def relative_error(report: TensorReport) -> float | None:

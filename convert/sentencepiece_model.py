@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from edgellama.errors import ModelFileError, UnsupportedModelError
 
+from .folder import read_file
+
 _BPE = 2
 _KINDS = {1: "unigram", 3: "word", 4: "char"}
 
@@ -38,12 +40,18 @@ class SentencePieceModel(NamedTuple):
     pad_id: int
 
 
+def is_sentencepiece(path: Path) -> bool:
+    """Say whether a `tokenizer.model` begins as sentencepiece's do: field 1, the first piece."""
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x0a"
+
+
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read a `tokenizer.model` of kind BPE.
 
     Raises: ModelFileError for a damaged file; UnsupportedModelError for another kind of model.
     """
-    data = path.read_bytes()
+    data = read_file(path)
     try:
         fields = list(_fields(data))
         pieces = [_piece(value) for number, value in fields if number == 1]

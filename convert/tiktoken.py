@@ -11,13 +11,20 @@ from typing import NamedTuple
 from edgellama.errors import ModelFileError
 from edgellama.tokenizer.bpe import byte_of_character
 
+from .folder import read_file
+
 # Llama 3 numbers its special tokens behind the ranks; the file does not name them.
 _SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
 )  # fmt: skip
+LLAMA3_NAMED = {
+    "<|begin_of_text|>": "bos", "<|end_of_text|>": "eos", "<|eot_id|>": "eot", "<|eom_id|>": "eom",
+}  # fmt: skip
+"""What these tokens are called in a GGUF file."""
 _N_SPECIAL = 256
+_MAX_TOKEN_NBYTES = 1 << 10  # Llama 3's have up to 128; finding a merge takes their square
 
 
 class Ranks(NamedTuple):
@@ -34,17 +41,23 @@ def read_tiktoken(path: Path) -> Ranks:
     Raises: ModelFileError naming the line that is no token and rank.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             encoded, place = line.split()
-            ranks[base64.b64decode(encoded, validate=True)] = int(place)
+            token = base64.b64decode(encoded, validate=True)
+            ranks[token] = int(place)
         except (ValueError, binascii.Error):
             raise ModelFileError(
                 f"{path} is neither a sentencepiece model nor tiktoken's: line {number} holds no "
                 "token in base64 and rank"
             ) from None
+        if not 0 < len(token) <= _MAX_TOKEN_NBYTES:
+            raise ModelFileError(
+                f"{path}: the token of line {number} has {len(token)} bytes; 1 to "
+                f"{_MAX_TOKEN_NBYTES} are read"
+            )
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ModelFileError(f"{path}: the ranks are not 0 to {len(ranks) - 1}; fetch it again")
     letter = {byte: text for text, byte in byte_of_character().items()}

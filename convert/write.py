@@ -111,6 +111,8 @@ def _pieces(
     """Yield the bytes of a tensor in its new format."""
     tensor = source.tensor
     n_cols, n_rows = tensor.shape[0], prod(tensor.shape[1:])
+    if not n_cols:
+        return
     step = max(1, PIECE_NBYTES // (4 * n_cols))
     with ThreadPoolExecutor(1, "read") as reader:
         coming = reader.submit(source.read, 0, min(step, n_rows))

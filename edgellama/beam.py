@@ -8,14 +8,18 @@ Wu et al., Google's neural machine translation system, 2016 (length penalty).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from edgellama.generation import Completion, Timings, TokenLogprob
+from edgellama.generation import Completion, Timings
+from edgellama.logprobs import TokenLogprob, log_softmax
 from edgellama.runtime.engine import Engine
 from edgellama.runtime.kvcache import Sequence
-from edgellama.sampling.filters import largest
+from edgellama.sampling.truncation import largest
+from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer
 
 
@@ -24,104 +28,126 @@ class Beam(NamedTuple):
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    total: float = 0.0  # of the log probabilities
     is_ended: bool = False
-
-    @property
-    def logprob(self) -> float:
-        """Log probability of the whole."""
-        return sum(self.logprobs)
 
     def score(self, length_penalty: float) -> float:
         """Log probability, set against the length."""
-        return self.logprob / max(len(self.logprobs), 1) ** length_penalty
+        return self.total / max(len(self.logprobs), 1) ** length_penalty
 
 
-def search(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    n_beams: int,
-    max_tokens: int,
-    length_penalty: float,
-) -> list[Completion]:
-    """Return up to `n_beams` continuations of a prompt, the best first.
+class Beams:
+    """A search for the `width` best texts; one ends at an end of generation or a stop string."""
 
-    The search is over when that many have ended and no beam is better than they are, or at
-    `max_tokens`.
-    """
-    timings = Timings(prompt_n=len(ids))
-    beams, ended = [Beam()], list[Beam]()
-    sequences: list[Sequence] = []
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        width: int,
+        length_penalty: float,
+        stop: str | SequenceOf[str] = (),
+        logprobs: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._width = width
+        self._length_penalty = length_penalty
+        self._stop = stop
+        self._logprobs = logprobs
+        StopStrings(stop)  # an error comes before the search
 
-    def best_first(found: list[Beam]) -> list[Beam]:
-        return sorted(found, key=lambda beam: -beam.score(length_penalty))[:n_beams]
+    def search(self, ids: list[int], max_tokens: int) -> list[Completion]:
+        """Return up to `width` continuations of a prompt, the best first.
 
-    start = time.perf_counter()
-    try:
-        for n in range(max_tokens):
-            texts = [[*ids, *beam.tokens] for beam in beams]
-            sequences = _place(engine, sequences, texts)
-            rows = engine.step(
-                [(s, text[len(s.tokens) :]) for s, text in zip(sequences, texts, strict=True)]
-            )
-            if n == 0:
-                timings.prompt_s = time.perf_counter() - start
-                timings.cached_n = sequences[0].n_reused
-            beams, new = _grow(beams, rows, n_beams, tokenizer.eog_ids)
-            ended = best_first(ended + new)
-            is_full = len(ended) == n_beams
-            if is_full and ended[-1].score(length_penalty) >= beams[0].score(length_penalty):
-                beams = []
+        The search is over when that many have ended and no beam is better than they are, or at
+        `max_tokens`.
+        """
+        engine = self._engine
+        timings = Timings(prompt_n=len(ids))
+        beams, ended = [Beam()], list[Beam]()
+        sequences: list[Sequence] = []
+        start = time.perf_counter()
+        try:
+            for n in range(max_tokens):
+                texts = [[*ids, *beam.tokens] for beam in beams]
+                sequences = self._place(sequences, texts)
+                rows = engine.step(
+                    [(s, text[len(s.tokens) :]) for s, text in zip(sequences, texts, strict=True)]
+                )
+                if n == 0:
+                    timings.prompt_s = time.perf_counter() - start
+                    timings.cached_n = sequences[0].n_reused
+                beams, new = self._grow(beams, rows)
+                ended = self._best(ended + new)
+                if len(ended) == self._width and (
+                    not beams or self._score(ended[-1]) >= self._score(beams[0])
+                ):
+                    beams = []
+                    break
+        finally:
+            for sequence in sequences:
+                engine.free(sequence)
+        timings.predicted_s = time.perf_counter() - start - timings.prompt_s
+        return [self._complete(beam, timings) for beam in self._best(ended + beams)]
+
+    def _score(self, beam: Beam) -> float:
+        return beam.score(self._length_penalty)
+
+    def _best(self, beams: list[Beam]) -> list[Beam]:
+        return sorted(beams, key=self._score, reverse=True)[: self._width]
+
+    def _place(self, old: list[Sequence], texts: list[list[int]]) -> list[Sequence]:
+        """Return a sequence for each text: the one that holds all but its last token, or a new one."""
+        left = list(old)
+        placed = []
+        for text in texts:
+            held = next((s for s in left if s.tokens == text[:-1]), None)
+            if held is not None:
+                left.remove(held)
+            placed.append(held or self._engine.new_sequence())
+        for sequence in left:
+            self._engine.free(sequence)
+        return placed
+
+    def _grow(self, beams: list[Beam], rows: np.ndarray) -> tuple[list[Beam], list[Beam]]:
+        """Return the `width` likeliest texts one token longer, and those as likely that ended."""
+        ends = self._tokenizer.eog_ids
+        grown = []
+        for beam, row in zip(beams, rows, strict=True):
+            shares = log_softmax(row)
+            for token in largest(row, self._width + len(ends)).tolist():
+                logprob = float(shares[token])
+                is_end = token in ends
+                tokens = beam.tokens if is_end else (*beam.tokens, token)
+                grown.append(Beam(tokens, (*beam.logprobs, logprob), beam.total + logprob, is_end))
+        grown.sort(key=lambda beam: beam.total, reverse=True)
+        going, ended = list[Beam](), list[Beam]()
+        for beam in grown:
+            if len(going) == self._width:
                 break
-    finally:
-        for sequence in sequences:
-            engine.free(sequence)
-    timings.predicted_s = time.perf_counter() - start - timings.prompt_s
-    return [_complete(beam, tokenizer, timings) for beam in best_first(ended + beams)]
+            if not beam.is_ended and self._stop and self._text(beam)[1]:
+                beam = beam._replace(is_ended=True)
+            (ended if beam.is_ended else going).append(beam)
+        return going, ended
 
+    def _text(self, beam: Beam) -> tuple[str, bool]:
+        """Return the text of a beam, and whether a stop string ended it."""
+        decoder, stops = self._tokenizer.stream(), StopStrings(self._stop)
+        text = "".join(map(decoder.feed, beam.tokens)) + decoder.flush()
+        text = stops.feed(text)
+        return text + stops.flush(), stops.stopped
 
-def _place(engine: Engine, old: list[Sequence], texts: list[list[int]]) -> list[Sequence]:
-    """Return a sequence for each text: the one that holds all but its last token, or a new one."""
-    left = list(old)
-    placed = []
-    for text in texts:
-        held = next((s for s in left if s.tokens == text[:-1]), None)
-        if held is not None:
-            left.remove(held)
-        placed.append(held or engine.new_sequence())
-    for sequence in left:
-        engine.free(sequence)
-    return placed
-
-
-def _grow(
-    beams: list[Beam], rows: np.ndarray, n_beams: int, ends: frozenset[int]
-) -> tuple[list[Beam], list[Beam]]:
-    """Return the `n_beams` likeliest texts one token longer, and those as likely that ended."""
-    grown = []
-    for beam, row in zip(beams, rows, strict=True):
-        shifted = row.astype(np.float64) - row.max()
-        shifted -= np.log(np.exp(shifted).sum())
-        for token in largest(shifted, n_beams + len(ends)).tolist():
-            is_ended = token in ends
-            tokens = beam.tokens if is_ended else (*beam.tokens, token)
-            grown.append(Beam(tokens, (*beam.logprobs, float(shifted[token])), is_ended))
-    grown.sort(key=lambda beam: -beam.logprob)
-    going, ended = list[Beam](), list[Beam]()
-    for beam in grown:
-        if len(going) == n_beams:
-            break
-        (ended if beam.is_ended else going).append(beam)
-    return going, ended
-
-
-def _complete(beam: Beam, tokenizer: Tokenizer, timings: Timings) -> Completion:
-    decoder = tokenizer.stream()
-    text = "".join(map(decoder.feed, beam.tokens)) + decoder.flush()
-    logprobs = [
-        TokenLogprob(token, tokenizer.token_bytes(token).decode(errors="replace"), logprob, [])
-        for token, logprob in zip(beam.tokens, beam.logprobs, strict=False)  # but for the end's
-    ]
-    return Completion(
-        text, list(beam.tokens), "stop" if beam.is_ended else "length", timings, logprobs
-    )
+    def _complete(self, beam: Beam, timings: Timings) -> Completion:
+        logprobs = None
+        if self._logprobs:
+            logprobs = [
+                TokenLogprob(token, self._tokenizer.token_bytes(token), logprob, [])
+                for token, logprob in zip(beam.tokens, beam.logprobs, strict=False)  # but the end's
+            ]
+        return Completion(
+            self._text(beam)[0],
+            list(beam.tokens),
+            "stop" if beam.is_ended else "length",
+            replace(timings, predicted_n=len(beam.tokens)),
+            logprobs,
+        )

@@ -1,20 +1,22 @@
-"""Answers as they grow: tokens are drawn, decoded, checked for stop strings, and given probabilities.
+"""From steps to an answer: draw a token, note it, turn it into text, look for an end.
 
-`stream` yields one answer piece by piece, `answer_together` makes several that share their prompt,
-one step for all of them.  What the user calls is in `llm.py`.
+`Answer` is one answer as it grows, `stream` yields it piece by piece, `answer_together` makes several
+of one prompt at once.  What a token is drawn by is in `sampling/`, what the model says next in
+`speculate.py`, which asks the engine; `llm.py` puts these together.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from edgellama.errors import ContextOverflowError
+from edgellama.logprobs import Logprobs, PromptLogprobs, TokenLogprob
 from edgellama.runtime.engine import Engine
 from edgellama.sampling import Sampler
 from edgellama.speculate import Steps, evaluate_prompt
@@ -36,15 +38,6 @@ class Timings:
     cached_n: int = 0
     drafted_n: int = 0
     accepted_n: int = 0
-
-
-class TokenLogprob(NamedTuple):
-    """The model's own log probability of a token, before samplers; `top` are the likeliest then."""
-
-    token: int
-    text: str
-    logprob: float
-    top: list[TokenLogprob]
 
 
 class Delta(NamedTuple):
@@ -73,42 +66,18 @@ class Completion(NamedTuple):
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
-class Logprobs:
-    """Looks up log probabilities in logits, with those of the `n_top` likeliest tokens."""
+class Constraint(Protocol):
+    """What an answer has to look like; every answer has one of its own."""
 
-    def __init__(self, tokenizer: Tokenizer, n_top: int = 0) -> None:
-        self._tokenizer = tokenizer
-        self._n_top = n_top
-        self.of_prompt: list[TokenLogprob | None] | None = None
+    def mask(self) -> np.ndarray:
+        """Return which tokens may come next, bool (V,); ends are among them where it may end."""
 
-    def __call__(self, logits: np.ndarray, token: int) -> TokenLogprob:
-        """Return what the logits f32 (V,) say of a token."""
-        from edgellama.sampling.filters import largest
-
-        shifted = logits - logits.max()
-        log_total = float(np.log(np.exp(shifted).sum(dtype=np.float64)))
-
-        def entry(token: int, top: list[TokenLogprob]) -> TokenLogprob:
-            text = self._tokenizer.token_bytes(token).decode(errors="replace")
-            return TokenLogprob(token, text, float(shifted[token]) - log_total, top)
-
-        top = largest(logits, self._n_top).tolist() if self._n_top else []
-        return entry(token, [entry(other, []) for other in top])
-
-    def visitor(self, ids: Sequence[int]) -> Callable[[int, np.ndarray], None]:
-        """Return what `Steps.begin` calls with the rows of a prompt; fills `of_prompt`."""
-        known: list[TokenLogprob | None] = [None]
-        self.of_prompt = known
-
-        def visit(first: int, rows: np.ndarray) -> None:
-            following = ids[first + 1 : first + 1 + len(rows)]
-            known.extend(self(row, token) for row, token in zip(rows, following, strict=False))
-
-        return visit
+    def accept(self, token: int) -> None:
+        """Note the token that came."""
 
 
 class Answer:
-    """One answer: its sampler, its tokens so far, and why it ended."""
+    """One answer as it grows, and why it ended: at most `max_tokens`, begun within `max_time_s`."""
 
     def __init__(
         self,
@@ -116,58 +85,66 @@ class Answer:
         sampler: Sampler,
         stops: StopStrings,
         max_tokens: int,
+        *,
+        max_time_s: float = float("inf"),
         logprobs: Logprobs | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.sampler = sampler
         self.max_tokens = max_tokens
         self.tokens: list[int] = []
         self.finish_reason = None if max_tokens else "length"
+        self._max_time_s = max_time_s
         self._ends = tokenizer.eog_ids
         self._decoder = tokenizer.stream()
         self._stops = stops
         self._logprobs = logprobs
+        self._constraint = constraint
 
-    def take(self, logits: np.ndarray) -> Delta | None:
+    def take(self, logits: np.ndarray, elapsed_s: float) -> Delta | None:
         """Draw the next token from logits f32 (V,); None at an end of generation."""
-        token = self.sampler.sample(logits)
+        constraint = self._constraint
+        token = self.sampler.sample(logits, None if constraint is None else constraint.mask())
         if token in self._ends:
             self.finish_reason = "stop"
             return None
+        self.sampler.accept(token)
+        if constraint is not None:
+            constraint.accept(token)
         self.tokens.append(token)
         text = self._stops.feed(self._decoder.feed(token))
         if self._stops.stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self.max_tokens:
+        elif len(self.tokens) == self.max_tokens or elapsed_s >= self._max_time_s:
             self.finish_reason = "length"
         return Delta(text, [token], [self._logprobs(logits, token)] if self._logprobs else None)
 
-    def rest(self) -> str:
-        """Return the text that was held back, at the end."""
-        if self._stops.stopped:
-            return ""
-        return self._stops.feed(self._decoder.flush()) + self._stops.flush()
+    def last_delta(self, timings: Timings, of_prompt: PromptLogprobs | None) -> Delta:
+        """Return the text that was held back, and why the answer ended."""
+        rest = ""
+        if not self._stops.stopped:
+            rest = self._stops.feed(self._decoder.flush()) + self._stops.flush()
+        known = of_prompt.found if of_prompt else None
+        return Delta(rest, [], None, self.finish_reason, timings, known)
 
 
 def stream(
     new_steps: Callable[[], Steps],
     ids: list[int],
     answer: Answer,
-    of_prompt: Logprobs | None = None,
+    of_prompt: PromptLogprobs | None = None,
 ) -> Iterator[Delta]:
-    """Answer a prompt piece by piece; `of_prompt` collects the prompt's log probabilities.
-
-    Nothing is held before the first piece is asked for.
-    """
+    """Answer a prompt piece by piece; nothing is held before the first piece is asked for."""
     timings = Timings(prompt_n=len(ids))
     steps = new_steps()
     try:
-        start = time.perf_counter()
-        logits = steps.begin(ids, of_prompt.visitor(ids) if of_prompt else None)
+        begin = time.perf_counter()
+        logits = steps.begin(ids, of_prompt.visit if of_prompt else None)
         timings.cached_n = steps.n_cached
-        timings.prompt_s = time.perf_counter() - start
         start = time.perf_counter()
+        timings.prompt_s = start - begin
         while answer.finish_reason is None:
-            delta = answer.take(logits)
+            delta = answer.take(logits, time.perf_counter() - begin)
             if delta is None:
                 break
             timings.predicted_n += 1
@@ -177,13 +154,13 @@ def stream(
                 n_more = answer.max_tokens - timings.predicted_n - 1
                 logits = steps.follow(delta.tokens[0], n_more)
         timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
-        yield _last_delta(answer, timings, of_prompt)
+        yield answer.last_delta(timings, of_prompt)
     finally:
         steps.close()
 
 
 def answer_together(
-    engine: Engine, ids: list[int], answers: list[Answer], of_prompt: Logprobs | None = None
+    engine: Engine, ids: list[int], answers: list[Answer], of_prompt: PromptLogprobs | None = None
 ) -> list[Completion]:
     """Answer a prompt several times at once; every step takes a token of each answer.
 
@@ -194,21 +171,24 @@ def answer_together(
     deltas: dict[Answer, list[Delta]] = {answer: [] for answer in answers}
     live = {answers[0]: engine.new_sequence()}
     try:
-        start = time.perf_counter()
-        visit = of_prompt.visitor(ids) if of_prompt else None
-        logits = evaluate_prompt(engine, live[answers[0]], ids, visit)
+        begin = time.perf_counter()
+        logits = evaluate_prompt(
+            engine, live[answers[0]], ids, of_prompt.visit if of_prompt else None
+        )
         timings.cached_n = live[answers[0]].n_reused
-        timings.prompt_s = time.perf_counter() - start
         start = time.perf_counter()
+        timings.prompt_s = start - begin
 
         def take(answer: Answer, logits: np.ndarray) -> None:
-            delta = None if answer.finish_reason else answer.take(logits)
+            delta = None
+            if answer.finish_reason is None:
+                delta = answer.take(logits, time.perf_counter() - begin)
             if delta is not None:
                 deltas[answer].append(delta)
             if answer.finish_reason is not None:
                 own = replace(timings, predicted_n=len(answer.tokens))
                 own.predicted_s = time.perf_counter() - start
-                deltas[answer].append(_last_delta(answer, own, of_prompt))
+                deltas[answer].append(answer.last_delta(own, of_prompt))
                 if answer in live:
                     engine.free(live.pop(answer))
 
@@ -235,11 +215,11 @@ def answer_together(
     finally:
         for sequence in live.values():
             engine.free(sequence)
-    return [collect(iter(deltas[answer])) for answer in answers]
+    return [collect(deltas[answer]) for answer in answers]
 
 
-def collect(deltas: Iterator[Delta]) -> Completion:
-    """Join the pieces of an answer."""
+def collect(deltas: Iterable[Delta]) -> Completion:
+    """Put the pieces of an answer together."""
     text, tokens, logprobs = "", list[int](), list[TokenLogprob]()
     for delta in deltas:
         text += delta.text
@@ -249,15 +229,4 @@ def collect(deltas: Iterator[Delta]) -> Completion:
     assert delta.timings is not None
     return Completion(
         text, tokens, delta.finish_reason, delta.timings, logprobs or None, delta.prompt_logprobs
-    )
-
-
-def _last_delta(answer: Answer, timings: Timings, of_prompt: Logprobs | None) -> Delta:
-    return Delta(
-        answer.rest(),
-        [],
-        None,
-        answer.finish_reason,
-        timings,
-        of_prompt.of_prompt if of_prompt else None,
     )

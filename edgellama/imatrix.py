@@ -13,7 +13,7 @@ import numpy as np
 from edgellama.convert.importance import Sums, write_importance
 from edgellama.errors import UsageError
 from edgellama.gguf import open_gguf
-from edgellama.gguf.writer import check_absent
+from edgellama.gguf.new_file import check_absent
 from edgellama.models.config import read_config
 from edgellama.progress import progress
 from edgellama.runtime.engine import Engine

@@ -9,11 +9,12 @@ the chat template, the sampler and the stop rules.  How an answer grows: `genera
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
@@ -21,35 +22,27 @@ from edgellama.generation import (
     Answer,
     Completion,
     Delta,
-    Logprobs,
-    Timings,
-    TokenLogprob,
     answer_together,
     collect,
     stream,
 )
 from edgellama.gguf import open_gguf
+from edgellama.logprobs import Logprobs, PromptLogprobs
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
-from edgellama.sampling import (
-    LogitsProcessor,
-    Sampler,
-    bias_by_id,
-    check_count,
-    file_params,
-    read_params,
-)
+from edgellama.sampling.of_model import ModelSampling
+from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
 
     from edgellama.chat import ChatTemplate
-    from edgellama.sampling.penalties import Breakers
-
-__all__ = ["LLM", "Completion", "Delta", "Timings", "TokenLogprob"]
+    from edgellama.keywords import AnswerKeywords
+    from edgellama.sampling import LogitsProcessor
 
 
 class _TokenizerThread(threading.Thread):
@@ -144,7 +137,7 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
-        self._known_breakers: dict[tuple[str, ...], Breakers] = {}
+        self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
         self._looks_up = draft == "lookup"
@@ -202,9 +195,23 @@ class LLM:
         return self._engine.logits(ids)
 
     # --- text -------------------------------------------------------------------------------------
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Delta]:
-        """Continue a text (or token ids), yielding it piece by piece; options as in `generate`.
+    def stream(
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
+    ) -> Iterator[Delta]:
+        """Continue a text (or token ids), yielding it piece by piece.
 
+        Options, of `generate`, `chat` and `stream_chat` too:
+        `max_tokens`: None means until the model ends or the context is full.
+        `max_time_s`: no token begins later than this after the first piece was asked for.
+        `stop`: a text, or several; the answer ends before it.
+        `seed`: None is random.
+        `ignore_eos`: whether to go on where the model would end.
+        `logprobs`: log probabilities of the answer's tokens; `top_logprobs`: and of this many likeliest
+        ones; `prompt_logprobs`: of the prompt's tokens, at the end.  All are the model's own.
+        `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
+        to change in place or return anew.
+        `parse_special`: whether special tokens may be written out in the prompt.
+        Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
         Raises: ContextOverflowError when the prompt does not fit, UsageError.
         """
         ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
@@ -214,48 +221,72 @@ class LLM:
 
         return stream(new_steps, ids, answer, of_prompt)
 
+    @overload
     def generate(
-        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
-    ) -> Completion | list[Completion]:
-        """Continue a text (or token ids). With n > 1, return n completions, made in the same steps.
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
+    ) -> Completion: ...
 
-        Options, all of `stream`, `chat` and `stream_chat` too:
-        `max_tokens`: None means until the model ends or the context is full.
-        `stop`: a text, or several; the answer ends before it.
-        `seed`: None is random; the i-th of n completions has seed + i.
-        `logprobs`: log probabilities of the answer's tokens; `top_logprobs`: and of this many likeliest
-        ones; `prompt_logprobs`: of the prompt's tokens.
-        `parse_special`: whether special tokens may be written out in the prompt.
-        `logits_processors`: called with all token ids so far and the logits f32 (V,), to change in place.
-        Every field of `sampling.SamplingParams`: what is left out is as the file says, or the default.
-        Raises: ContextOverflowError when the prompt does not fit, UsageError.
-        """
-        check_count("n", n, 1)
-        if n == 1:
-            return collect(self.stream(prompt, **options))
-        ids, answers, of_prompt = self._prepare(prompt, n, **options)
-        return answer_together(self._engine, ids, answers, of_prompt)
-
-    def beam(
+    @overload
+    def generate(
         self,
         prompt: str | Sequence[int],
-        n_beams: int = 4,
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]:
+        """Continue a text; options as in `stream`. With n > 1, return n completions.
+
+        They are made in the same steps, and the i-th has seed + i.  With `beam_width`, search for the
+        likeliest texts instead, by log probability / length ** `length_penalty`; the best comes first.
+        """
+        check_count("n", n, 1)
+        if beam_width is not None:
+            done = self._beams(prompt, beam_width, n, length_penalty, **options)
+        elif n == 1:
+            return collect(self.stream(prompt, **options))
+        else:
+            ids, answers, of_prompt = self._prepare(prompt, n, **options)
+            done = answer_together(self._engine, ids, answers, of_prompt)
+        return done[0] if n == 1 else done
+
+    def _beams(
+        self,
+        prompt: str | Sequence[int],
+        beam_width: int,
+        n: int,
+        length_penalty: float,
         *,
         max_tokens: int | None = None,
-        length_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        logprobs: bool = False,
         parse_special: bool = False,
+        **others: Any,
     ) -> list[Completion]:
-        """Search for the likeliest continuations; return `n_beams` of them, the best first.
+        from edgellama.beam import Beams
 
-        They are ordered by log probability / length ** length_penalty.
-        Raises: ContextOverflowError when the prompt or the beams do not fit, UsageError.
-        """
-        from edgellama.beam import search
-
-        check_count("n_beams", n_beams, 1)
+        for name in others:
+            raise UsageError(
+                f"{name} has no effect on a beam search; leave it out (max_tokens, stop, logprobs "
+                "and parse_special have)"
+            )
+        check_count("beam_width", beam_width, n)
+        check_number("length_penalty", length_penalty)
+        check_flag("logprobs", logprobs)
         ids = self._encode(prompt, parse_special)
-        limit = self._limit(ids, max_tokens)
-        return search(self._engine, self.tokenizer, ids, n_beams, limit, length_penalty)
+        beams = Beams(self._engine, self.tokenizer, beam_width, length_penalty, stop, logprobs)
+        return beams.search(ids, self._limit(ids, max_tokens))[:n]
 
     def _prepare(
         self,
@@ -263,36 +294,49 @@ class LLM:
         n: int,
         *,
         max_tokens: int | None = None,
+        max_time_s: float | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
+        ignore_eos: bool = False,
         logprobs: bool = False,
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
+        processors: Sequence[LogitsProcessor] = (),
         parse_special: bool = False,
-        logits_processors: Sequence[LogitsProcessor] = (),
         **sampling: Any,
-    ) -> tuple[list[int], list[Answer], Logprobs | None]:
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
         """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+        if not sampling.keys() <= {*OPTION_NAMES}:
+            from edgellama.keywords import AnswerKeywords
+
+            name = next(name for name in sampling if name not in OPTION_NAMES)
+            known = ", ".join(AnswerKeywords.__annotations__)
+            raise UsageError(f"there is no option {name!r}; options are {known}")
         ids = self._encode(prompt, parse_special)
         limit = self._limit(ids, max_tokens)
+        if max_time_s is not None:
+            check_number("max_time_s", max_time_s, 0)
         check_count("top_logprobs", top_logprobs)
-        for name, flag in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if not isinstance(flag, bool):
-                raise UsageError(f"{name} is {flag!r}; it must be True or False (see top_logprobs)")
+        check_flag("logprobs", logprobs)
+        check_flag("prompt_logprobs", prompt_logprobs)
+        check_flag("ignore_eos", ignore_eos)
         lookup = Logprobs(self.tokenizer, top_logprobs)
-        of_answer = lookup if logprobs or top_logprobs else None
         seed = self._next_seed() if seed is None else seed
+        options = self._sampling.read(sampling, ignore_eos)
         answers = [
             Answer(
                 self.tokenizer,
-                self._sampler(ids, None if seed is None else seed + i, logits_processors, sampling),
+                self._sampling.sampler(
+                    options, ids, None if seed is None else seed + i, processors
+                ),
                 StopStrings(stop),
                 limit,
-                of_answer,
+                max_time_s=math.inf if max_time_s is None else max_time_s,
+                logprobs=lookup if logprobs or top_logprobs else None,
             )
             for i in range(n)
         ]
-        return ids, answers, lookup if prompt_logprobs else None
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
 
     def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
         """Return the ids of a prompt, at least one and no more than the context holds."""
@@ -319,35 +363,6 @@ class LLM:
             return limit
         check_count("max_tokens", max_tokens)
         return min(limit, max_tokens)
-
-    def _sampler(
-        self,
-        ids: list[int],
-        seed: int | None,
-        processors: Sequence[LogitsProcessor],
-        options: Mapping[str, Any],
-    ) -> Sampler:
-        options = {**options, **file_params(self.metadata, options)}
-        if options.get("logit_bias"):
-            options["logit_bias"] = bias_by_id(
-                options["logit_bias"], lambda text: self.tokenizer.encode(text, False, True)
-            )
-        params = read_params(options)
-        texts = params.dry_sequence_breakers if params.dry_multiplier else ()
-        breakers = self._breakers(texts) if texts else None
-        return Sampler(seed=seed, text=ids, breakers=breakers, processors=processors, **options)
-
-    def _breakers(self, texts: Sequence[str]) -> Breakers:
-        """The tokens of sequence breakers; looking through a vocabulary takes a while (0.3 s)."""
-        from edgellama.sampling.penalties import find_breakers
-
-        texts = tuple(texts)
-        if texts not in self._known_breakers:
-            pieces = [self.tokenizer.token_bytes(i) for i in range(self.config.n_vocab)]
-            self._known_breakers[texts] = find_breakers(
-                texts, pieces, lambda text: self.tokenizer.encode(text, False)
-            )
-        return self._known_breakers[texts]
 
     def _new_drafter(self) -> Drafter | None:
         ends = self.tokenizer.eog_ids
@@ -378,13 +393,13 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[AnswerKeywords],
     ) -> Iterator[Delta]:
-        """Answer a chat, yielding the answer piece by piece; options as in `generate`."""
+        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
         return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """Answer a chat of {"role": ..., "content": ...} messages; options as in `generate`."""
+        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
         return collect(self.stream_chat(messages, **options))
 
     def _next_seed(self) -> int | None:

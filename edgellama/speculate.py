@@ -154,6 +154,7 @@ class DraftModel:
             token = sampler.sample(self._engine.evaluate(self._sequence, new))
             if token in self._ends:
                 break
+            sampler.accept(token)
             draft.append(token)
             new = [token]
         return draft

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from edgellama.convert.vocabulary import PROBES
+from edgellama.convert.probes import PROBES
 
 TEXT = [*PROBES, *(f"the quick brown fox {i} jumps over the lazy dog's back" for i in range(200))]
 # Published patterns; what they are called in a GGUF is for the converter to find out.

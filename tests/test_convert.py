@@ -15,6 +15,7 @@ from make_gguf import make_model
 from make_tokenizer import byte_level
 from test_families import logits_of
 
+from edgellama.convert.convert import size_label
 from edgellama.convert.encoder import Encoder
 from edgellama.convert.families import plan
 from edgellama.convert.recipes import RECIPES
@@ -29,6 +30,7 @@ def make_folder(folder, family: str):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(safetensors(random_weights(config)))
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 0]}')
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\n")
     return byte_level(folder, "llama3", 290, chat_template="{{ messages[0].content }}")
 
 
@@ -47,6 +49,7 @@ def test_every_family(run, family, tmp_path):
     assert (logits_of(out) == logits_of(write_gguf(tmp_path / "plan.gguf", planned))).all()
     with open_gguf(out) as gguf:
         assert gguf.metadata["general.name"] == family
+        assert gguf.metadata["general.license"] == "apache-2.0"
         assert gguf.metadata["general.file_type"] == 0
         assert gguf.metadata["tokenizer.ggml.eos_token_id"] == 1
         assert gguf.metadata["tokenizer.ggml.eot_token_id"] == 0
@@ -54,6 +57,19 @@ def test_every_family(run, family, tmp_path):
         assert gguf.metadata["general.sampling.temp"] == pytest.approx(0.6)
     status, stdout, _ = run("run", out, "-p", "the", "--raw", "-n", "3", "--temp", "0")
     assert status == 0
+
+
+def test_name_and_size(run, tmp_path):
+    """Hugging Face's cache calls folders by commit; the repository's name is above them."""
+    (tmp_path / "models--org--m" / "snapshots").mkdir(parents=True)
+    folder = make_folder(tmp_path / "models--org--m" / "snapshots" / "0f3", "llama")
+    for options, name in (([], "org/m"), (["--name", "Mine"], "Mine")):
+        assert run("convert", folder, "-o", tmp_path / f"{len(options)}.gguf", *options)[0] == 0
+        with open_gguf(tmp_path / f"{len(options)}.gguf") as gguf:
+            assert gguf.metadata["general.name"] == name
+            assert gguf.metadata["general.size_label"].endswith("K")
+    counts = (134_515_008, 1_235_814_400, 9_960_000, 999_999_999_999, 70_553_706_496, 260_032)
+    assert [size_label(n) for n in counts] == ["135M", "1.2B", "10M", "1000B", "71B", "260K"]
 
 
 @pytest.mark.parametrize("type_name", RECIPES)
@@ -113,6 +129,12 @@ def test_options(run, tmp_path):
     with open_gguf(out) as gguf:
         n = sum(t.n_weights for t in gguf.tensors.values())
         assert 4.5 < 8 * sum(t.nbytes for t in gguf.tensors.values()) / n <= 5
+        by_type: dict[str, int] = {}
+        for t in gguf.tensors.values():
+            by_type[t.type_name] = by_type.get(t.type_name, 0) + t.n_weights
+        commonest = max(by_type, key=by_type.__getitem__)
+        file_types = [r.file_type for r in RECIPES.values() if r.base == commonest]
+        assert gguf.metadata["general.file_type"] in file_types
 
 
 def test_reports(run, tmp_path):
@@ -137,7 +159,7 @@ def test_refusals(capsys, run, tmp_path):
     folder = make_folder(tmp_path / "llama", "llama")
     say = partial(refused, capsys)
     assert "no type is called 'q9'; types: f32" in say("quantize", model, out, "q9")
-    assert "is the file to be read" in say("quantize", model, model, "q4_0", "--force")
+    assert "is a file to be read" in say("quantize", model, model, "q4_0", "--force")
     assert "is no folder; make it" in say("quantize", model, tmp_path / "no" / "x", "q4_0")
     assert "cannot be opened" in say("quantize", tmp_path / "none.gguf", out, "q4_0")
     assert "is no REGEX=FORMAT" in say("quantize", model, out, "q4_0", "--tensor-type", "q4_0")

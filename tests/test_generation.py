@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from make_gguf import make_model
 
 from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
-from edgellama.llm import LLM, Completion
+from edgellama.generation import Completion
+from edgellama.llm import LLM
 
 PROMPT = list(range(40, 110))  # two pages and a part
 EVERYTHING: dict[str, Any] = {
@@ -183,7 +185,7 @@ def test_a_processor_sees_the_text_and_decides(llm: LLM, returns: bool) -> None:
         logits[:wanted] = logits[wanted + 1 :] = -np.inf
         return None
 
-    done = one(llm, max_tokens=5, logits_processors=[only_after])
+    done = one(llm, max_tokens=5, processors=[only_after])
     assert done.tokens == [110, 111, 112, 113, 114]
     assert texts == [PROMPT + done.tokens[:i] for i in range(5)]
 
@@ -201,7 +203,7 @@ def test_a_processor_is_told_of_tokens_and_not_of_guesses(path: Path, llm: LLM) 
 
     with LLM(path, n_ctx=128, n_threads=1, draft=llm) as guessing:
         listener = Listener()
-        done = one(guessing, max_tokens=20, seed=1, logits_processors=[listener])
+        done = one(guessing, max_tokens=20, seed=1, processors=[listener])
     assert done.timings.accepted_n > 0
     assert listener.heard == done.tokens
 
@@ -240,7 +242,7 @@ def test_a_file_has_bad_defaults(tmp_path: Path) -> None:
 
 # --- beams ----------------------------------------------------------------------------------------
 def test_a_single_beam_is_greedy(llm: LLM) -> None:
-    (best,) = llm.beam(PROMPT, 1, max_tokens=12)
+    best = one(llm, max_tokens=12, beam_width=1)
     greedy = one(llm, max_tokens=12, temperature=0)
     assert (best.text, best.tokens) == (greedy.text, greedy.tokens)
 
@@ -260,7 +262,7 @@ def test_beams_against_the_definition(llm: LLM) -> None:
         beams = [(score, text) for score, text in grown if text[-1] not in ends][:5]
         ended += [each for each in grown if each[1][-1] in ends and each[0] > beams[-1][0]]
     best = sorted(beams + ended, reverse=True)[:5]
-    found = llm.beam(prompt, 5, max_tokens=4, length_penalty=0.0)
+    found = several(llm, 5, prompt, beam_width=5, max_tokens=4, length_penalty=0.0)
     assert [tuple(b.tokens) for b in found] == [
         tuple(token for token in text if token not in ends) for _, text in best
     ]
@@ -268,7 +270,7 @@ def test_beams_against_the_definition(llm: LLM) -> None:
 
 
 def test_beams_over_pages(llm: LLM) -> None:
-    done = llm.beam(PROMPT, 3, max_tokens=40)
+    done = several(llm, 3, beam_width=3, max_tokens=40, logprobs=True)
     scores = []
     for each in done:
         assert each.logprobs is not None
@@ -284,15 +286,34 @@ def test_beams_over_pages(llm: LLM) -> None:
     assert all_free(llm)
 
 
+def test_beams_end_at_stop_strings(llm: LLM) -> None:
+    plain = several(llm, 3, beam_width=3, max_tokens=12)
+    assert one(llm, beam_width=3, max_tokens=12) == plain[0]._replace(timings=ANY)
+    stop = plain[0].text[2:4]
+    done = several(llm, 3, beam_width=3, max_tokens=12, stop=[stop])
+    assert not any(stop in each.text for each in done)
+    ended = [each for each in done if each.finish_reason == "stop"]
+    assert ended
+    for each in ended:
+        assert llm.detokenize(each.tokens).startswith(each.text + stop)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"n_beams": 0}, {"max_tokens": -1}, {"n_beams": True}],
-)
-def test_bad_beams(llm: LLM, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(options))):
-        llm.beam("x", **options)
+    ("options", "said"),
+    [
+        ({"beam_width": 0}, "beam_width"), ({"beam_width": True}, "beam_width"),
+        ({"beam_width": 2, "n": 3}, "beam_width is 2; it must be a whole number 3 or more"),
+        ({"beam_width": 2, "max_tokens": -1}, "max_tokens"), ({"beam_width": 2, "stop": ""}, "stop"),
+        ({"beam_width": 2, "temperature": 0.5}, "temperature"), ({"beam_width": 2, "seed": 5}, "seed"),
+        ({"beam_width": 2, "length_penalty": float("nan")}, "length_penalty"),
+    ],
+)  # fmt: skip
+def test_bad_beams(llm: LLM, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        llm.generate("x", **options)
 
 
+# --- options --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [

@@ -117,9 +117,9 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
 
     def write_to_full(writer: GGUFWriter) -> None:
-        assert writer._file is not None
-        writer._file.close()
-        monkeypatch.setattr(writer, "_file", Full())
+        assert writer._new is not None
+        writer._new.file.close()
+        monkeypatch.setattr(writer._new, "file", Full())
         writer.append(payloads()[0])
 
     class Full(io.BytesIO):

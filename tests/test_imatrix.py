@@ -133,7 +133,7 @@ def test_the_older_form(tmp_path):
     path.write_bytes(data)
     assert list(read_importance(path)[name.decode()]) == [1.0, 2.0, 3.0]
     path.write_bytes(data[:-4])
-    with pytest.raises(ModelFileError, match="is cut off in blk"):
+    with pytest.raises(ModelFileError, match="is cut off in 'blk"):
         read_importance(path)
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(ModelFileError, match="is no importance matrix, or damaged"):

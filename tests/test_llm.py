@@ -17,7 +17,8 @@ import pytest
 
 from edgellama import llm as llm_module
 from edgellama.errors import ContextOverflowError, TemplateError, UsageError
-from edgellama.llm import LLM, Completion
+from edgellama.generation import Completion
+from edgellama.llm import LLM
 
 BOS, END = 256, 257
 N_VOCAB = 258

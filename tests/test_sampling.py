@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from edgellama.errors import EdgeLlamaError, UsageError
-from edgellama.sampling import Sampler, SamplingParams, filters, penalties
-from edgellama.sampling.filters import Candidates, softmax
+from edgellama.sampling import Sampler, SamplingOptions, dry, penalties, truncation
+from edgellama.sampling.history import History
 from edgellama.sampling.mirostat import Mirostat
+from edgellama.sampling.truncation import Candidates, softmax
 from edgellama.stopping import StopStrings
 
 CASES = Path(__file__).parents[2] / "shared" / "data" / "cases" / "sampling.json"
@@ -43,7 +44,7 @@ def test_against_the_definition(seed: int) -> None:
         "top_p": float(random.uniform(0.05, 1)),
         "min_p": float(random.choice([0.0, 0.02, 0.3])),
     }
-    ids, p = Sampler(**options).candidates(logits)
+    ids, p = Sampler(SamplingOptions(**options)).candidates(logits)
     expected = naive(logits, **options)
     assert ids.tolist() == list(expected)
     np.testing.assert_allclose(p, list(expected.values()), rtol=1e-9)
@@ -51,26 +52,26 @@ def test_against_the_definition(seed: int) -> None:
 
 # --- values of a third party ----------------------------------------------------------------------
 BY_NAME = {
-    "temp": lambda c, case: filters.temperature(c, case["temp"]),
-    "temp_ext": lambda c, case: filters.temperature(
+    "temp": lambda c, case: truncation.temperature(c, case["temp"]),
+    "temp_ext": lambda c, case: truncation.temperature(
         c, case["temp"], case["delta"], case["exponent"]
     ),
-    "top_k": lambda c, case: filters.top_k(c, int(case["k"])),
-    "top_p": lambda c, case: filters.top_p(c, case["p"]),
-    "min_p": lambda c, case: filters.min_p(c, case["p"]),
-    "typical": lambda c, case: filters.typical_p(c, case["p"]),
-    "xtc": lambda c, case: filters.xtc(c, case["probability"], case["threshold"], 0.0),
-    "top_n_sigma": lambda c, case: filters.top_n_sigma(c, case["n"]),
+    "top_k": lambda c, case: truncation.top_k(c, int(case["k"])),
+    "top_p": lambda c, case: truncation.top_p(c, case["p"]),
+    "min_p": lambda c, case: truncation.min_p(c, case["p"]),
+    "typical": lambda c, case: truncation.typical_p(c, case["p"]),
+    "xtc": lambda c, case: truncation.xtc(c, case["probability"], case["threshold"], 0.0),
+    "top_n_sigma": lambda c, case: truncation.top_n_sigma(c, case["n"]),
     "penalties": lambda c, case: penalties.penalize(
         c, text_of(case),
-        SamplingParams(
+        SamplingOptions(
             repeat_penalty=case["repeat"], frequency_penalty=case["frequency"],
             presence_penalty=case["presence"],
         ),
     ),
-    "dry": lambda c, case: penalties.dry(
+    "dry": lambda c, case: dry.penalize(
         c, text_of(case),
-        SamplingParams(
+        SamplingOptions(
             dry_multiplier=case["multiplier"], dry_base=case["base"],
             dry_allowed_length=int(case["allowed_length"]),
             dry_penalty_last_n=int(case["penalty_last_n"]),
@@ -80,8 +81,8 @@ BY_NAME = {
 }  # fmt: skip
 
 
-def text_of(case: dict) -> list[int]:
-    return [int(token) for token in case["last_tokens"]]
+def text_of(case: dict) -> History:
+    return History([int(token) for token in case["last_tokens"]])
 
 
 def third_party() -> list[dict]:
@@ -114,11 +115,11 @@ def test_third_party_queues(case: dict) -> None:
     for letter in case["sequence"]:
         before = len(c.ids)
         if letter == "k":
-            c = filters.top_k(c, int(case["top_k"]))
+            c = truncation.top_k(c, int(case["top_k"]))
             first = max(first, n - int(case["top_k"]))
             expected = min(before, int(case["top_k"]))
         elif letter == "p":
-            c = filters.top_p(c, case["top_p"])
+            c = truncation.top_p(c, case["top_p"])
             if case["top_p"] >= 1:
                 expected = before
             else:
@@ -127,7 +128,7 @@ def test_third_party_queues(case: dict) -> None:
                 expected = int(np.searchsorted(np.cumsum(weights), enough)) + 1
                 first = n - expected
         else:
-            c = filters.min_p(c, case["min_p"])
+            c = truncation.min_p(c, case["min_p"])
             least = np.float32(case["min_p"]) * (n - 1)
             first = max(first, int(np.ceil(least * (1 - 1e-7))))
             expected = n - first
@@ -136,16 +137,16 @@ def test_third_party_queues(case: dict) -> None:
 
 def test_equal_logits_stand_in_the_order_of_their_ids() -> None:
     logits = np.array([1, 2, 2, 0, 2, 2], np.float32)
-    ids, p = Sampler(**{**OFF, "top_k": 3}).candidates(logits)
+    ids, p = Sampler(SamplingOptions(**{**OFF, "top_k": 3})).candidates(logits)
     assert ids.tolist() == [1, 2, 4]
     np.testing.assert_allclose(p, 1 / 3)
-    assert Sampler(temperature=0).sample(logits) == 1
+    assert Sampler(SamplingOptions(temperature=0)).sample(logits) == 1
 
 
 def test_masked_tokens_are_never_drawn() -> None:
     logits = np.full(50, -np.inf, np.float32)
     logits[[7, 9]] = 1.0
-    sampler = Sampler(**OFF, seed=1)
+    sampler = Sampler(SamplingOptions(**OFF), seed=1)
     assert {sampler.sample(logits) for _ in range(100)} == {7, 9}
 
 
@@ -155,40 +156,40 @@ def test_masked_tokens_are_never_drawn() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers(logits: list[float], temperature: float) -> None:
     with pytest.raises(EdgeLlamaError, match="no finite logits"):
-        Sampler(temperature=temperature).sample(np.array(logits, np.float32))
+        Sampler(SamplingOptions(temperature=temperature)).sample(np.array(logits, np.float32))
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-5])
 def test_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = np.array([0.0, 3.0, 2.9], np.float32)
-    sampler = Sampler(**{**OFF, "temperature": temperature})
+    sampler = Sampler(SamplingOptions(**{**OFF, "temperature": temperature}))
     assert [sampler.sample(logits) for _ in range(5)] == [1] * 5
 
 
 def test_shares_of_draws() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    sampler = Sampler(**OFF, seed=3)
+    sampler = Sampler(SamplingOptions(**OFF), seed=3)
     counts = np.bincount([sampler.sample(logits) for _ in range(4000)], minlength=3) / 4000
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard deviations
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    Sampler(
-        temperature=np.float32(0.5), top_k=np.int64(4), top_p=np.float64(0.9),
-        min_p=np.float32(0.0), seed=np.int64(3),
+    options = SamplingOptions(
+        temperature=np.float32(0.5), top_k=np.int64(4), top_p=np.float64(0.9), min_p=np.float32(0.0)
     )  # fmt: skip
+    Sampler(options, seed=np.int64(3))
 
 
-@pytest.mark.parametrize("options", [{"top_k": True}, {"top_k": 1.5}, {"seed": "1"}])
+@pytest.mark.parametrize("options", [{"top_k": True}, {"top_k": 1.5}, {"min_keep": -1}])
 def test_refused(options: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
-        Sampler(**options)
+        Sampler(SamplingOptions(**options))
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"temperature": 0.0}])
 def test_large_vocabularies_are_fast(options: dict) -> None:
     logits = np.random.default_rng(0).normal(size=262144).astype(np.float32) * 4
-    sampler = Sampler(**options, seed=0)
+    sampler = Sampler(SamplingOptions(**options), seed=0)
     best = min(_seconds(sampler, logits) for _ in range(5))
     assert best < 0.03
 
@@ -211,27 +212,33 @@ def naive_repetitions(text: list[int], least: int, breakers: set[int]) -> dict[i
     return out
 
 
+def repetitions(text: list[int], least: int, most: int, breakers: dict) -> dict[int, int]:
+    ids, lengths = dry.repetitions(np.array(text), least, most, breakers)
+    assert sorted(set(ids.tolist())) == ids.tolist()
+    return dict(zip(ids.tolist(), lengths.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_repetitions_against_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
     text = rng.integers(0, 3, int(rng.integers(1, 40))).tolist()
     least, breakers = int(rng.integers(1, 4)), {2} if seed % 2 else set()
     tails = {token: [()] for token in breakers}
-    found = penalties.repetitions(text, least, 10**6, tails)
+    found = repetitions(text, least, 10**6, tails)
     assert found == naive_repetitions(text, least, breakers)
     most = least + 2
     capped = {token: min(n, most) for token, n in found.items()}
-    assert penalties.repetitions(text, least, most, tails) == capped
+    assert repetitions(text, least, most, tails) == capped
 
 
 def test_breakers_of_several_tokens() -> None:
     pieces = [b"a", b"xs", b"to", b"stop", b"p", b"s", b"q"]
-    found = penalties.find_breakers(["stop"], pieces, lambda text: [*text.encode()])
+    found = dry.find_breakers(["stop"], pieces, lambda text: [*text.encode()])
     assert found == {3: [()], 1: [tuple(b"top")], 5: [tuple(b"top")]}
     breakers = {1: [(2, 4)]}  # xs to p
-    assert penalties.repetitions([9, 9, 1, 2, 4, 9, 9], 1, 9, breakers) == {9: 1, 1: 2}
-    assert penalties.repetitions([1, 2, 4, 7, 1, 2, 4], 1, 9, breakers) == {}
-    assert penalties.repetitions([1, 2, 9, 7, 1, 2, 9], 1, 9, breakers) == {7: 3}
+    assert repetitions([9, 9, 1, 2, 4, 9, 9], 1, 9, breakers) == {9: 1, 1: 2}
+    assert repetitions([1, 2, 4, 7, 1, 2, 4], 1, 9, breakers) == {}
+    assert repetitions([1, 2, 9, 7, 1, 2, 9], 1, 9, breakers) == {7: 3}
 
 
 # --- mirostat -------------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ def test_mirostat_keeps_the_surprise(
         Mirostat, "learn", lambda self, p: (surprises.append(-np.log2(p)), learn(self, p))
     )
     logits = (-1.1 * np.log(np.arange(1, 5001))).astype(np.float32)  # Zipf's law
-    sampler = Sampler(temperature=1.0, mirostat=version, mirostat_tau=tau, seed=1)
+    sampler = Sampler(SamplingOptions(temperature=1.0, mirostat=version, mirostat_tau=tau), seed=1)
     drawn = [sampler.sample(logits) for _ in range(1000)]
     assert abs(float(np.mean(surprises[200:])) - tau) < 0.3
     assert len({*drawn}) > 3

@@ -13,13 +13,14 @@ from make_gguf import make_model
 
 from edgellama import llm as llm_module
 from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
+from edgellama.generation import Completion
 from edgellama.gguf import open_gguf
-from edgellama.llm import LLM, Completion
+from edgellama.llm import LLM
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Aborted, Engine
 from edgellama.runtime.kvcache import PAGE, KVCache
 from edgellama.runtime.kvcache import Sequence as CacheSequence
-from edgellama.sampling import Sampler
+from edgellama.sampling import Sampler, SamplingOptions
 from edgellama.speculate import N_MOST, DraftModel, Lookup, Pace, Steps, check_same_vocabulary
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.8, "seed": 4}
@@ -468,7 +469,7 @@ def test_a_draft_model_keeps_its_place() -> None:
     engine.evaluate = evaluate
     engine.truncate = lambda sequence, n: sequence.tokens.__delitem__(slice(n, None))
     draft = DraftModel(engine, 0.1)
-    greedy = Sampler(temperature=0.0)
+    greedy = Sampler(SamplingOptions(temperature=0.0))
     text = [0, 1, 2]
     assert draft.propose(text, 3, greedy) == [3, 4, 5]
     text += [3, 4, 5, 6]  # all right, and one more

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from make_tokenizer import TEXT, byte_level
 
+from edgellama.convert.probes import PROBES
 from edgellama.convert.tiktoken import read_tiktoken
-from edgellama.convert.vocabulary import PROBES, read_vocabulary, sampling_defaults
+from edgellama.convert.vocabulary import read_vocabulary, sampling_defaults
 from edgellama.errors import ModelFileError, UnsupportedModelError
 from edgellama.tokenizer import load_tokenizer
 from edgellama.tokenizer.bpe import byte_of_character
@@ -129,8 +130,11 @@ def test_sentencepiece_in_a_tokenizer_json(tmp_path):
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    (folder / "tokenizer.model").unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
+    both = read_vocabulary(folder, {}, 600)
+    assert wanted["tokenizer.ggml.add_bos_token"] is True
+    assert both["tokenizer.ggml.add_bos_token"] is False  # tokenizer.json knows better
+    (folder / "tokenizer.model").unlink()
     metadata = read_vocabulary(folder, {"bos_token_id": 1, "eos_token_id": [2, 0]}, 600)
     assert metadata["tokenizer.ggml.tokens"] == tokens
     assert (metadata["tokenizer.ggml.token_type"] == wanted["tokenizer.ggml.token_type"]).all()
@@ -153,8 +157,22 @@ def test_tiktoken(tmp_path):
     pairs = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
     assert ranks.merges == pairs
     assert ranks.special[len(order)] == "<|begin_of_text|>"
+    (folder / "tokenizer.json").rename(folder / "aside")  # a folder of Meta has none
+    (folder / "tokenizer_config.json").unlink()
+    metadata = read_vocabulary(folder, {}, len(order) + 256)
+    ours = load_tokenizer(metadata)
+    assert ours.encode("it") == [len(order), *ours.encode("it", add_special=False)]
+    assert {len(order) + 1, len(order) + 9} <= set(ours.eog_ids)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(document))
+    shift = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    for text in PROBES:
+        expected = [shift[t] for t in theirs.encode(text, add_special_tokens=False).tokens]
+        assert ours.encode(text, add_special=False) == expected
     path.write_text("\n".join(lines[:-1]) + "\nAAAA 9999")
     with pytest.raises(ModelFileError, match="the ranks are not 0 to"):
+        read_tiktoken(path)
+    path.write_text("\n".join(lines) + f"\n{base64.b64encode(b'x' * 5000).decode()} {len(order)}")
+    with pytest.raises(ModelFileError, match="has 5000 bytes; 1 to 1024 are read"):
         read_tiktoken(path)
 
 
@@ -164,7 +182,12 @@ def test_templates_and_defaults(tmp_path):
     assert metadata["tokenizer.chat_template"] == "A"
     assert metadata["tokenizer.chat_template.tool_use"] == "B"
     (tmp_path / "chat_template.jinja").write_text("C")
-    assert read_vocabulary(tmp_path, {}, 401)["tokenizer.chat_template"] == "C"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag-1.jinja").write_text("D")
+    metadata = read_vocabulary(tmp_path, {}, 401)
+    assert metadata["tokenizer.chat_template"] == "C"
+    assert metadata["tokenizer.chat_template.rag_1"] == "D"
+    assert metadata["tokenizer.chat_templates"] == ["tool_use", "rag_1"]
     given = {"temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": None}
     assert sampling_defaults(given) == {"general.sampling.temp": 0.6, "general.sampling.top_k": 20}
 
@@ -175,8 +198,9 @@ def test_bad_folders(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelFileError, match="is not sound JSON"):
         read_vocabulary(tmp_path, {}, 10)
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.raises(UnsupportedModelError, match="of type WordPiece; BPE is needed"):
+    word_piece = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    word_piece.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedModelError, match="of type 'WordPiece'; BPE is needed"):
         read_vocabulary(tmp_path, {}, 10)
     byte_level(tmp_path, "gpt-2")
     with pytest.raises(ModelFileError, match="the model has 300 rows of embeddings"):

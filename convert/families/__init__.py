@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from edgellama.errors import UnsupportedModelError, shown
+from edgellama.errors import ModelFileError, UnsupportedModelError, shown
 
 from . import gemma, internlm, llama, meta, olmo, phi, qwen, stablelm
 from .hyper import Hyper
@@ -61,7 +61,10 @@ def plan(checkpoint: Checkpoint) -> Plan:
         embedding = checkpoint.tensors.get("tok_embeddings.weight")
         config = meta.translated(config, embedding.shape[0] if embedding is not None else 0)
         return _plan(Family("llama", meta.meta), config, checkpoint)
-    config = config | config.get("text_config", {}) | {"model_type": config.get("model_type")}
+    text_config = config.get("text_config", {})
+    if not isinstance(text_config, dict):
+        raise ModelFileError(f"config.json: text_config is {shown(text_config)}; it is an object")
+    config = config | text_config | {"model_type": config.get("model_type")}
     model_type = config["model_type"]
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

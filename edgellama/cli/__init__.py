@@ -10,6 +10,7 @@ import atexit
 import importlib
 import io
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -89,7 +90,8 @@ def main() -> NoReturn:
         sys.exit(2)
     except OSError as error:  # a full disk, a file that may not be read
         _silence_stdout()
-        click.echo(f"edgellama: {error}", err=True)
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        click.echo(f"edgellama: {plain(reason or str(error))}", err=True)
         sys.exit(2)
 
 
@@ -99,6 +101,10 @@ def process() -> NoReturn:
     To free the interpreter object by object takes 40 ms in which the answer is out already.  What was
     registered to be done at exit is done, and a thread that is left is waited for as ever.
     """
+    for name in ("SIGTERM", "SIGHUP"):  # end as an error does: nothing half-written is left
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except SystemExit as done:
@@ -119,4 +125,5 @@ def plain(text: str) -> str:
 
 def _silence_stdout() -> None:
     """Keep Python from complaining again when it flushes stdout at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

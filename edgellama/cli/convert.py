@@ -58,8 +58,9 @@ def quantize(
     wanted = _wanted(type_name, report, **options)
     with Encoder(threads) as encoder:
         reports = quantize(source, out, wanted, encoder)
-    twice = {r.source_type for r in reports if r.type != r.source_type} - {"f32", "f16", "bf16"}
-    if twice:
+    floats = {"f32", "f16", "bf16"}
+    again = (r for r in reports if r.type not in floats | {r.source_type})
+    if twice := {r.source_type for r in again} - floats:
         click.echo(
             f"{source} was quantized before ({', '.join(sorted(twice))}); a float file loses less",
             err=True,

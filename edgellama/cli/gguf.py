@@ -23,22 +23,25 @@ def command() -> None:
 
 def _nbytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.lower())
-    if match is None:
+    nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not nbytes:
         raise UsageError(f"{text!r} is no size; write 500M or 2G")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return nbytes
 
 
 @command.command("split")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("prefix")
-@click.option("--max-size", default="2G", show_default=True, help="Most bytes of a part: 500M, 2G.")
+@click.option("--max-size", help="Most bytes of a part: 500M, 2G; 2G if nothing is given.")
 @click.option("--max-tensors", type=click.IntRange(1), help="Most tensors of a part.")
 @click.option("--force", is_flag=True, help="Overwrite parts that exist.")
-def split(source: Path, prefix: str, max_size: str, max_tensors: int | None, force: bool) -> None:
+def split(
+    source: Path, prefix: str, max_size: str | None, max_tensors: int | None, force: bool
+) -> None:
     """Cut SOURCE into PREFIX-00001-of-0000N.gguf; the first part opens all."""
     from edgellama.convert.edit import split
 
-    size = 0 if max_tensors else _nbytes(max_size)
+    size = _nbytes(max_size or "2G") if max_size or not max_tensors else 0
     paths = split(source, prefix, max_nbytes=size, max_tensors=max_tensors or 0, force=force)
     for path in paths:
         click.echo(path)

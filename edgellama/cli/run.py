@@ -10,7 +10,7 @@ import click
 
 from edgellama.errors import UsageError
 
-from .sampling import GroupedCommand, sampling_options
+from .options import GroupedCommand, sampling_options
 
 
 @click.command(cls=GroupedCommand)

@@ -118,6 +118,11 @@ class GGUFFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that are open: one, or the parts of a split model."""
+        return [part.path for part in self._parts]
+
     def bytes_of(self, name: str) -> TensorBytes:
         """Return the reader of a tensor's bytes, which keeps the file open."""
         info = self.tensors[name]

@@ -7,22 +7,20 @@ Source: the GGUF specification, version 3.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgellama.errors import UsageError
+from edgellama.errors import UsageError, shown
 from edgellama.kernels.blocks import BlockFormat, padded
 
 from .cursor import ARRAY, BOOL, SCALARS, STRING, RawValue
+from .new_file import NewFile, check_absent
 
 ALIGNMENT = 32
 _U32, _I32, _F32, _U64, _I64 = 4, 5, 6, 10, 11
@@ -47,7 +45,7 @@ class GGUFWriter:
     """Writes one file; `append` the bytes of the tensors in their order, inside a `with`.
 
     Leaving the block without an error gives the file its name; otherwise nothing is left.
-    Raises: UsageError when the file exists and `force` is not set; OSError for a full disk.
+    Raises: UsageError and OSError as `NewFile`; UsageError for metadata that GGUF cannot hold.
     """
 
     def __init__(
@@ -59,88 +57,60 @@ class GGUFWriter:
         force: bool = False,
     ) -> None:
         self.path = Path(path)
-        check_absent(self.path, force)
+        check_absent(self.path, force)  # before anything slow
         self._force = force
         self._tensors = tensors
         self._header = _header(metadata, tensors)
         self.nbytes = len(self._header) + sum(padded(t.nbytes, ALIGNMENT) for t in tensors)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._file: IO[bytes] | None = None
+        self._new: NewFile | None = None
         self._index = 0  # of the tensor that is being written
         self._left = 0  # bytes of it that are still to come
 
     def __enter__(self) -> GGUFWriter:
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is no folder; make it, or write {self.path.name} elsewhere")
-        free = shutil.disk_usage(folder).free
-        if self.nbytes > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self.path} needs {self.nbytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
-                "make room, or write to another disk",
-            )
-        self._file = open(self._temporary, "wb")
+        self._new = NewFile(self.path, self.nbytes, force=self._force)
         try:
-            self._file.write(self._header)
+            self._new.file.write(self._header)
         except BaseException:
-            self._discard()
+            self._new.discard()
             raise
         self._begin(0)
         return self
 
     def append(self, data: np.ndarray) -> None:
         """Write the next bytes of the current tensor, u8, any number that it still needs."""
-        assert self._file is not None, "append outside of `with`"
+        assert self._new is not None, "append outside of `with`"
         assert data.nbytes <= self._left, f"{data.nbytes} bytes, {self._left} are left"
-        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self._new.file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         self._left -= data.nbytes
         if self._left == 0:
-            self._file.write(bytes(-self._tensors[self._index].nbytes % ALIGNMENT))
+            self._new.file.write(bytes(-self._tensors[self._index].nbytes % ALIGNMENT))
             self._begin(self._index + 1)
 
     def _begin(self, index: int) -> None:
+        """Go on to a tensor; one without weights needs nothing."""
+        while index < len(self._tensors) and self._tensors[index].nbytes == 0:
+            index += 1
         self._index = index
         self._left = self._tensors[index].nbytes if index < len(self._tensors) else 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._file is not None
+        assert self._new is not None
         try:
             if kind is None:
                 assert self._index == len(self._tensors), f"tensor {self._index} is not whole"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                check_absent(self.path, self._force)
-                os.replace(self._temporary, self.path)
+                self._new.finish()
         finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            # Closing writes what is buffered, which fails again when the disk is full.
-            with suppress(OSError):
-                self._file.close()
-            self._file = None
-        self._temporary.unlink(missing_ok=True)
-
-
-def check_absent(path: Path, force: bool) -> None:
-    """Refuse to overwrite a file without being told to.
-
-    Raises: UsageError.
-    """
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; give another name, or --force to overwrite it")
+            self._new.discard()
 
 
 def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
     """Magic, version, counts, metadata and table of tensors, padded to where the data begin."""
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
-        out += _text(key) + encode_value(value)
+        try:
+            out += _text(key) + encode_value(value)
+        except UsageError as error:
+            raise UsageError(f"{shown(key)} cannot be written: {error}") from None
     offset = 0
     for tensor in tensors:
         out += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
@@ -151,29 +121,36 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    raw = text.encode()
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{shown(text)} is no text that UTF-8 can hold") from None
     return struct.pack("<Q", len(raw)) + raw
 
 
 def encode_value(value: Any) -> bytes:
-    """Return type and bytes of a metadata value: u32 for integers that fit, f32 for floats."""
+    """Return type and bytes of a metadata value: u32 for integers that fit, f32 for floats.
+
+    Raises: UsageError for a number or a text that no type holds.
+    """
     match value:
         case RawValue():
             return value.data
         case bool():
             return struct.pack("<IB", BOOL, value)
         case int():
-            kind, code = next(
-                (kind, code)
-                for kind, code, least, most in (
-                    (_U32, "<I", 0, 1 << 32), (_I32, "<i", -(1 << 31), 0),
-                    (_U64, "<Q", 0, 1 << 64), (_I64, "<q", -(1 << 63), 0),
-                )
-                if least <= value < most
-            )  # fmt: skip
-            return struct.pack("<I", kind) + struct.pack(code, value)
+            for kind, code, least, most in (
+                (_U32, "<I", 0, 1 << 32), (_I32, "<i", -(1 << 31), 0),
+                (_U64, "<Q", 0, 1 << 64), (_I64, "<q", -(1 << 63), 0),
+            ):  # fmt: skip
+                if least <= value < most:
+                    return struct.pack("<I", kind) + struct.pack(code, value)
+            raise UsageError("an integer needs at most 64 bits")
         case float():
-            return struct.pack("<If", _F32, value)
+            try:
+                return struct.pack("<If", _F32, value)
+            except OverflowError:
+                raise UsageError(f"{value:g} is beyond what f32 holds") from None
         case str():
             return struct.pack("<I", STRING) + _text(value)
         case np.ndarray():

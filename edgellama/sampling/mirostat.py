@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .filters import Candidates, largest, softmax, top_k
+from .truncation import Candidates, largest, softmax, top_k
 
 _N_FIT = 100  # most likely tokens that Zipf's exponent is fitted to
 

@@ -1,6 +1,7 @@
 """Samplers that need nothing but the candidates: each returns those that are left.
 
-A filter that is off returns what it was given.  Equal logits stand in the order of their ids, always.
+One that is off returns what it was given.  Equal logits stand in the order of their ids, always.
+`min_keep` is the least that is left of as many.
 
 Sources: Fan et al., 2018 (top-k); Holtzman et al., 2020 (top-p); Nguyen et al., 2024 (min-p);
 Meister et al., 2023 (locally typical); Tang et al., 2024 (top-n-sigma); oobabooga's
@@ -62,31 +63,35 @@ def top_k(c: Candidates, k: int) -> Candidates:
     return c.keep(largest(c.logits, k)) if 0 < k < len(c.ids) else c
 
 
-def top_p(c: Candidates, p: float) -> Candidates:
+def top_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     """Keep the fewest most likely whose probabilities sum to p."""
     if p >= 1.0:
         return c
-    order, share = _summing_to(softmax(c.logits), c.logits, p)
-    return c.keep(order[: int(np.searchsorted(share, p - _SLACK)) + 1])
+    order, share = _summing_to(softmax(c.logits), c.logits, p, min_keep)
+    n = int(np.searchsorted(share, p - _SLACK)) + 1
+    return c.keep(order[: max(n, min_keep)])
 
 
-def min_p(c: Candidates, p: float) -> Candidates:
+def min_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     """Keep those at least p times as likely as the best."""
     if p <= 0.0:
         return c
-    return c.keep(c.logits.astype(np.float64) >= c.logits.max() + min(math.log(p), 0.0))
+    least = float(c.logits.max()) + min(math.log(p), 0.0)
+    at = np.flatnonzero(c.logits.astype(np.float64) >= least)
+    return c.keep(at if len(at) >= min_keep else largest(c.logits, min_keep))
 
 
-def typical_p(c: Candidates, p: float) -> Candidates:
+def typical_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     """Keep those whose surprise is nearest the expected one, until their probabilities exceed p."""
     if p >= 1.0:
         return c
     shares = softmax(c.logits)
     with np.errstate(divide="ignore"):
         surprise = -np.log(shares)
-    order, share = _summing_to(shares, -np.abs(surprise - _entropy(shares)), p + 2 * _SLACK)
+    distance = np.abs(surprise - _entropy(shares))
+    order, share = _summing_to(shares, -distance, p + 2 * _SLACK, min_keep)
     n = int(np.searchsorted(share, p + _SLACK, side="right")) + 1
-    return c.keep(np.sort(order[:n]))  # as they stood
+    return c.keep(np.sort(order[: max(n, min_keep)]))  # as they stood
 
 
 def top_n_sigma(c: Candidates, n: float) -> Candidates:
@@ -97,7 +102,9 @@ def top_n_sigma(c: Candidates, n: float) -> Candidates:
     return c.keep(logits >= logits.max() - n * logits[logits > -np.inf].std())
 
 
-def xtc(c: Candidates, probability: float, threshold: float, chance: float) -> Candidates:
+def xtc(
+    c: Candidates, probability: float, threshold: float, chance: float, min_keep: int = 0
+) -> Candidates:
     """Exclude top choices: of all that reach the threshold, only the least likely stays.
 
     `chance` is a random number of [0, 1); nothing happens unless it is below `probability`.
@@ -105,7 +112,7 @@ def xtc(c: Candidates, probability: float, threshold: float, chance: float) -> C
     if chance >= probability or threshold > 0.5 or len(c.ids) < 2:
         return c
     above = np.flatnonzero(softmax(c.logits) >= threshold)
-    if len(above) < 2:
+    if len(above) < 2 or len(c.ids) - len(above) + 1 < min_keep:
         return c
     least = above[len(above) - 1 - np.argmin(c.logits[above][::-1])]  # the last of equal ones
     kept = np.ones(len(c.ids), bool)
@@ -131,12 +138,14 @@ def _entropy(p: np.ndarray) -> float:
     return -float(np.dot(p, np.log(p)))
 
 
-def _summing_to(p: np.ndarray, keys: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+def _summing_to(
+    p: np.ndarray, keys: np.ndarray, target: float, min_keep: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return places by falling key, as many as sum to the target at least, and the running sums.
 
     Few of a large vocabulary are needed as a rule: to sort V = 262144 takes 37 ms.
     """
-    n = _N_FIRST
+    n = max(_N_FIRST, min_keep)
     while True:
         order = largest(keys, n)
         share = np.cumsum(p[order])
