@@ -320,6 +320,8 @@ class LLM:
         check_flag("logprobs", logprobs)
         check_flag("prompt_logprobs", prompt_logprobs)
         check_flag("ignore_eos", ignore_eos)
+        if not all(map(callable, processors)):
+            raise UsageError(f"processors is {processors!r}; a list of functions is needed")
         lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
         options = self._sampling.read(sampling, ignore_eos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,63 @@ def test_bias(llm: LLM) -> None:
             one(llm, max_tokens=1, logit_bias=bad)
 
 
+def test_a_compiled_processor(llm: LLM) -> None:
+    """A function compiled by Numba sees the very arrays."""
+    numba = pytest.importorskip("numba")
+
+    @numba.njit
+    def no_repetition(ids: Any, row: Any) -> None:
+        for token in ids:
+            row[token] = -np.inf
+
+    def same(ids: Any, row: np.ndarray) -> None:
+        row[ids] = -np.inf
+
+    done = one(llm, max_tokens=20, seed=1, processors=[no_repetition])
+    assert len({*PROMPT, *done.tokens}) == len(PROMPT) + len(done.tokens)
+    assert one(llm, max_tokens=20, seed=1, processors=[same]).tokens == done.tokens
+
+
+def test_errors_of_a_processor_are_its_own(llm: LLM) -> None:
+    def broken(ids: Any, row: np.ndarray) -> None:
+        raise ZeroDivisionError("mine")
+
+    for n in (1, 2):
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            llm.generate(PROMPT, n=n, max_tokens=2, processors=[broken])
+    assert all_free(llm)
+    with pytest.raises(ValueError, match="shape"):
+        llm.generate(PROMPT, processors=[lambda ids, row: np.zeros(3, np.float32)])
+    with pytest.raises(UsageError, match="processors"):
+        llm.generate(PROMPT, processors=[3])  # type: ignore[list-item]
+
+
+# --- ends -----------------------------------------------------------------------------------------
+def test_ends_can_be_ignored(llm: LLM) -> None:
+    end = min(llm.tokenizer.eog_ids)
+    wanted = {"max_tokens": 5, "temperature": 0, "logit_bias": {end: 1000}}
+    assert one(llm, **wanted).tokens == []
+    assert len(one(llm, ignore_eos=True, **wanted).tokens) == 5
+    banned = {i: False for i in range(llm.config.n_vocab) if i not in llm.tokenizer.eog_ids}
+    with pytest.raises(UsageError, match="ignore_eos"):
+        one(llm, ignore_eos=True, logit_bias=banned)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_time_runs_out(llm: LLM, n: int) -> None:
+    def slow(ids: Any, row: np.ndarray) -> None:
+        time.sleep(0.05)
+
+    options: dict[str, Any] = {"seed": 1, "processors": [slow], "ignore_eos": True}
+    start = time.perf_counter()
+    done = llm.generate(PROMPT, n=n, max_time_s=0.2, **options)
+    for each in done if isinstance(done, list) else [done]:
+        assert 1 <= len(each.tokens) <= 5
+        assert each.finish_reason == "length"
+    assert time.perf_counter() - start < 2
+    assert len(one(llm, max_time_s=0, seed=1, ignore_eos=True).tokens) == 1
+
+
 # --- what the file says ---------------------------------------------------------------------------
 def test_a_file_has_defaults(tmp_path: Path) -> None:
     keys = {"general.sampling.temp": 0.0, "general.sampling.penalty_repeat": 1.5}
@@ -320,6 +378,7 @@ def test_bad_beams(llm: LLM, options: dict[str, Any], said: str) -> None:
         {"logprobs": 3}, {"prompt_logprobs": 1}, {"top_logprobs": -1}, {"samplers": "top_k;magic"},
         {"mirostat": 3}, {"mirostat": 1.0}, {"repeat_penalty": 0}, {"dry_base": 0.5},
         {"dry_sequence_breakers": [""]}, {"typical_p": 2}, {"xtc_threshold": "a"}, {"topk": 3},
+        {"max_time_s": -1}, {"max_time_s": "1"}, {"ignore_eos": 1},
         {"repeat_last_n": -2}, {"dynatemp_range": -1.0}, {"temperature": True},
     ],
 )  # fmt: skip
@@ -336,13 +395,12 @@ def test_every_option_reaches_its_sampler(llm: LLM) -> None:
         "presence_penalty": 5.0, "frequency_penalty": 5.0, "samplers": "top_k",
     }  # fmt: skip
     usual: dict[str, Any] = {
-        "seed": 1,
-        "max_tokens": 60,
-        "temperature": 1.5,
-        "min_p": 0,
-        "top_p": 1,
-    }
-    usual["xtc_threshold"] = 0.001
-    plain = one(llm, [1], **usual).tokens
-    texts = [one(llm, [1], **{**usual, name: value}).tokens for name, value in strong.items()]
-    assert plain not in texts
+        "max_tokens": 12, "temperature": 1.5, "min_p": 0, "top_p": 1, "xtc_threshold": 0.001,
+    }  # fmt: skip
+
+    def texts(**options: Any) -> list[list[int]]:
+        return [one(llm, [i], seed=i, **{**usual, **options}).tokens for i in range(1, 9)]
+
+    plain = texts()
+    assert plain == texts()
+    assert [name for name, value in strong.items() if texts(**{name: value}) == plain] == []

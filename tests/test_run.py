@@ -144,6 +144,7 @@ def test_doctor_names_an_unknown_tier(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-n", "2", "--logit-bias", "z+100"], "zz\n"), (["--logit-bias", "110-inf", "-n", "0"], "\n"),
         (["--dry-multiplier", "1", "--dry-sequence-breaker", "none"], "né世 yes\n"),
         (["--mirostat", "2", "--mirostat-ent", "3"], "né世 yes\n"),
+        (["--max-time", "0"], "n\n"), (["--min-keep", "3", "--typical", "0.5"], "né世 yes\n"),
     ],
 )  # fmt: skip
 def test_sampling_options_reach_the_sampler(

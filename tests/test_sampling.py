@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgellama import LLM, keywords
 from edgellama.errors import EdgeLlamaError, UsageError
-from edgellama.sampling import Sampler, SamplingOptions, dry, penalties, truncation
+from edgellama.sampling import Sampler, SamplingOptions, dry, penalties, read_options, truncation
 from edgellama.sampling.history import History
 from edgellama.sampling.mirostat import Mirostat
+from edgellama.sampling.options import OPTION_NAMES
 from edgellama.sampling.truncation import Candidates, softmax
 from edgellama.stopping import StopStrings
 
@@ -47,7 +50,7 @@ def test_against_the_definition(seed: int) -> None:
     ids, p = Sampler(SamplingOptions(**options)).candidates(logits)
     expected = naive(logits, **options)
     assert ids.tolist() == list(expected)
-    np.testing.assert_allclose(p, list(expected.values()), rtol=1e-9)
+    np.testing.assert_allclose(p, list(expected.values()), rtol=1e-6)
 
 
 # --- values of a third party ----------------------------------------------------------------------
@@ -198,6 +201,125 @@ def _seconds(sampler: Sampler, logits: np.ndarray) -> float:
     start = time.perf_counter()
     sampler.sample(logits)
     return time.perf_counter() - start
+
+
+# --- what is kept, and drawn ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.1}, {"min_p": 0.99}, {"typical_p": 0.01}, {"top_p": 0.1, "min_p": 0.9}]
+)
+@pytest.mark.parametrize("n", [0, 1, 5, 400])
+def test_min_keep(options: dict, n: int) -> None:
+    logits = np.random.default_rng(n).normal(size=300).astype(np.float32)
+    usual, _ = Sampler(SamplingOptions(**{**OFF, **options})).candidates(logits)
+    ids, _ = Sampler(SamplingOptions(**{**OFF, **options}, min_keep=n)).candidates(logits)
+    assert len(ids) == max(len(usual), min(n, 300))
+    if "typical_p" not in options:
+        assert ids.tolist() == np.argsort(-logits, kind="stable")[: len(ids)].tolist()
+
+
+def test_xtc_keeps_min_keep() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    for n, expected in ((0, [2, 3]), (2, [2, 3]), (3, [0, 1, 2, 3])):
+        options = SamplingOptions(**OFF, xtc_probability=1.0, xtc_threshold=0.15, min_keep=n)
+        assert Sampler(options).candidates(logits)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 5000])
+def test_pick_is_the_running_sum(n: int) -> None:
+    rng = np.random.default_rng(n)
+    weights = (rng.random(n) * (rng.random(n) < 0.5)).astype(np.float32)
+    weights[n // 2] = 1.0
+    ends = np.cumsum(weights, dtype=np.float64)
+    for chance in rng.random(50):
+        at = truncation.pick(weights, chance)
+        assert weights[at] > 0
+        assert ends[at] >= chance * ends[-1] - 1e-9 >= ends[at] - weights[at] - 2e-9
+    for chance in (0.0, float(np.nextafter(1.0, 0.0))):
+        assert weights[truncation.pick(weights, chance)] > 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 900, 5000])
+def test_largest_of_many(k: int) -> None:
+    values = np.random.default_rng(k).integers(0, 800, 20011).astype(np.float32)  # many ties
+    assert truncation.largest(values, k).tolist() == np.argsort(-values, kind="stable")[:k].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"dynatemp_range": 0.5}, {"mirostat": 2}])
+def test_a_mask_is_the_same_narrow_or_wide(options: dict) -> None:
+    """Those that are masked out might as well not be there."""
+    logits = np.random.default_rng(1).normal(size=1000).astype(np.float32) * 3
+    for n in (1, 3, 100, 124, 126, 900):
+        allowed = np.zeros(1000, bool)
+        allowed[np.random.default_rng(n).permutation(1000)[:n]] = True
+        few = Sampler(SamplingOptions(**options), seed=4)
+        alone = Sampler(SamplingOptions(**options), seed=4)
+        drawn = [few.sample(logits, allowed) for _ in range(30)]
+        expected = [alone.sample(logits[allowed]) for _ in range(30)]
+        assert drawn == np.flatnonzero(allowed)[expected].tolist()
+
+
+def test_a_mask_has_the_last_word() -> None:
+    def promote(ids: np.ndarray, row: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(row)) == 5, np.float32(100), row)
+
+    allowed = np.arange(10) != 5
+    options = SamplingOptions(temperature=0, logit_bias={5: 50})
+    assert Sampler(options, processors=[promote]).sample(np.zeros(10, np.float32)) == 5
+    assert Sampler(options, processors=[promote]).sample(np.zeros(10, np.float32), allowed) == 0
+    with pytest.raises(UsageError, match="no token can follow"):
+        Sampler(options).sample(np.zeros(10, np.float32), np.zeros(10, bool))
+
+
+def test_a_fork_draws_the_same_and_leaves_the_sampler_alone() -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 500)).astype(np.float32)
+    options = SamplingOptions(repeat_penalty=1.3, mirostat=2, mirostat_tau=2, dry_multiplier=1)
+
+    def draw(sampler: Sampler, rows: np.ndarray) -> list[int]:
+        out = []
+        for row in rows:
+            out.append(sampler.sample(row))
+            sampler.accept(out[-1])
+        return out
+
+    sampler, other = (Sampler(options, seed=1, text=[1, 2, 3]) for _ in range(2))
+    assert draw(sampler, rows[:30]) == draw(other, rows[:30])
+    expected = draw(other, rows[30:])
+    assert draw(sampler.fork(), rows[30:]) == expected
+    assert draw(sampler, rows[30:]) == expected
+
+
+# --- options --------------------------------------------------------------------------------------
+def test_keywords_for_type_checkers_are_the_options() -> None:
+    assert list(keywords.SamplingKeywords.__annotations__) == list(OPTION_NAMES)
+    taken = inspect.signature(LLM._prepare).parameters.values()
+    named = {p.name for p in taken if p.kind is p.KEYWORD_ONLY}
+    assert {*keywords.AnswerKeywords.__annotations__} == {*OPTION_NAMES} | named
+
+
+def test_options_do_not_change() -> None:
+    options = SamplingOptions(samplers="top_k; typical-p;temp", dry_sequence_breakers="x")
+    assert options.samplers == ("top_k", "typ_p", "temperature")
+    assert options.dry_sequence_breakers == ("x",)
+    with pytest.raises(AttributeError):
+        options.top_k = 3  # type: ignore[misc]
+    assert read_options({"top_k": 3, "top_p": None}) == SamplingOptions(top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temprature": 1}, "'temprature'; options are temperature, top_k"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number between 0 and 2147483647"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be between 0 and 1"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be a number between 0 and 100"),
+        ({"mirostat": 3}, "mirostat is 3"), ({"samplers": 3}, "samplers is 3"),
+        ({"samplers": ["top_q"]}, "'top_q'; samplers are penalties"),
+        ({"dry_sequence_breakers": 3}, "dry_sequence_breakers is 3"), ({"logit_bias": 3}, "logit_bias"),
+    ],
+)  # fmt: skip
+def test_errors_name_option_value_and_range(options: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_options(options)
 
 
 # --- repetitions ----------------------------------------------------------------------------------

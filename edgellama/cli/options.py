@@ -1,6 +1,6 @@
 """The options of sampling, with llama.cpp's names, and help in groups.
 
-`@sampling_options` above a command adds them; they arrive by the names of `SamplingParams`, None where
+`@sampling_options` above a command adds them; they arrive by the names of `AnswerKeywords`, None where
 the user said nothing: then the model file decides, or the default in brackets.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from edgellama.errors import UsageError
+from edgellama.sampling.options import SAMPLERS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -24,7 +25,8 @@ _OPTIONS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("--top-p", "top_p", float, _SAMPLING, "Keep this much probability; 1 is off [0.95]."),
     ("--min-p", "min_p", float, _SAMPLING, "Keep what is this near the best; 0 is off [0.05]."),
     ("--typical", "typical_p", float, _SAMPLING, "Keep what is as surprising as expected [1: off]."),
-    ("--top-n-sigma", "top_n_sigma", float, _SAMPLING, "Keep logits this near the best [-1: off]."),
+    ("--top-nsigma", "top_n_sigma", float, _SAMPLING, "Keep logits this near the best [-1: off]."),
+    ("--min-keep", "min_keep", int, _SAMPLING, "Least that top-p, min-p, typical, XTC leave [0]."),
     ("--xtc-probability", "xtc_probability", float, _SAMPLING, "How often XTC acts [0: off]."),
     ("--xtc-threshold", "xtc_threshold", float, _SAMPLING, "XTC drops all likelier, but one [0.1]."),
     ("--mirostat", "mirostat", int, _SAMPLING, "Mirostat 1 or 2 in place of those [0: off]."),
@@ -32,7 +34,7 @@ _OPTIONS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("--mirostat-lr", "mirostat_eta", float, _SAMPLING, "Mirostat's learning rate [0.1]."),
     ("--dynatemp-range", "dynatemp_range", float, _SAMPLING, "Temperature +- this [0: off]."),
     ("--dynatemp-exp", "dynatemp_exponent", float, _SAMPLING, "Exponent of the entropy there [1]."),
-    ("--samplers", "samplers", str, _SAMPLING, "Their order: penalties;dry;top_n_sigma;..."),
+    ("--samplers", "samplers", str, _SAMPLING, f"Their order [{';'.join(SAMPLERS)}]."),
     ("--repeat-last-n", "repeat_last_n", int, _REPETITION, "Tokens looked back; -1 is all [64]."),
     ("--repeat-penalty", "repeat_penalty", float, _REPETITION, "Divides logits of what was said [1: off]."),
     ("--presence-penalty", "presence_penalty", float, _REPETITION, "Taken off what was said [0]."),
@@ -79,7 +81,16 @@ def sampling_options(command: _Command) -> _Command:
             callback=_read_bias, help="Such as 15-1.5 or ' no-inf'; may be repeated.",
         ),
         click.option(
-            "--seed", type=int, cls=_Option, group=_SAMPLING, help="Random when left out.",
+            "--max-time", "max_time_s", type=float, metavar="SECONDS", cls=_Option,
+            group=_SAMPLING, help="End the answer after this time.",
+        ),
+        click.option(
+            "--ignore-eos", is_flag=True, cls=_Option, group=_SAMPLING,
+            help="Go on where the model would end.",
+        ),
+        click.option(
+            "--seed", type=int, metavar="N", cls=_Option, group=_SAMPLING,
+            help="Random when left out.",
         ),
     ]  # fmt: skip
     for option in last:

@@ -36,7 +36,7 @@ def penalize(
     ids, lengths = ids[~may_come], lengths[~may_come]
     if not len(ids):
         return c
-    c, at, of_ids = places(c, ids)
+    at, of_ids = places(c, ids)
     costs = options.dry_multiplier * options.dry_base ** (lengths[of_ids] - float(allowed))
     return replaced(c, at, c.logits[at] - costs)
 
@@ -67,8 +67,8 @@ def repetitions(
 def common_ends(back: np.ndarray, limit: int) -> np.ndarray:
     """How long back[i + 1:] agrees with back, i64 (n - 1,); it is counted up to `limit`.
 
-    Every round looks only at places that have agreed so far.  In usual text those are few: 0.1 ms of
-    131072 tokens, where a Z-algorithm, Python's, takes 40 ms; if all text is one repetition, as long.
+    Every round looks only at places that have agreed so far.  In usual text those are few: 1 ms of
+    131072 tokens, where Python's Z-algorithm takes 25 ms; the worst, one token over and over, 70 ms.
     """
     lengths = np.zeros(max(len(back) - 1, 0), np.int64)
     at = np.flatnonzero(back[1:] == back[:1])

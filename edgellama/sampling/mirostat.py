@@ -5,9 +5,11 @@ Source: Basu et al., Mirostat: a neural text decoding algorithm that directly co
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from .truncation import Candidates, largest, softmax, top_k
+from .truncation import Candidates, largest, top_k, weigh
 
 _N_FIT = 100  # most likely tokens that Zipf's exponent is fitted to
 
@@ -32,11 +34,10 @@ class Mirostat:
 
 def cut_by_rank(c: Candidates, mu: float, n_vocab: int) -> Candidates:
     """Version 1: keep the k most likely, k such that a Zipf law has the surprise `mu`."""
-    order = largest(c.logits, _N_FIT)
-    p = softmax(c.logits)[order]
+    p = weigh(c.logits).each[largest(c.logits, _N_FIT)].astype(np.float64)
     p = p[p > 0.0]
     if len(p) < 2:
-        return c.keep(order[:1])
+        return top_k(c, 1)
     rank = np.arange(1, len(p))
     t, b = np.log((rank + 1) / rank), np.log(p[:-1] / p[1:])
     s = float(np.dot(t, b) / np.dot(t, t))
@@ -48,8 +49,7 @@ def cut_by_rank(c: Candidates, mu: float, n_vocab: int) -> Candidates:
 
 
 def cut_by_surprise(c: Candidates, mu: float, n_vocab: int) -> Candidates:
-    """Version 2: keep those whose surprise is at most `mu`, or the best."""
-    with np.errstate(divide="ignore"):
-        kept = -np.log2(softmax(c.logits)) <= mu
-    kept[int(np.argmax(c.logits))] = True
-    return c.keep(kept)
+    """Version 2: keep those whose surprise is at most `mu` bits, or the best."""
+    weights = weigh(c.logits)
+    most = mu * math.log(2.0) - math.log(weights.total)  # nats below the best
+    return c.keep(weights.distance >= min(-most, 0.0))

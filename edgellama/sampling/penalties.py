@@ -18,25 +18,20 @@ def penalize(c: Candidates, text: History, options: SamplingOptions) -> Candidat
     presence = options.presence_penalty
     if (repeat, frequency, presence) == (1.0, 0.0, 0.0):
         return c
-    times = np.bincount(text.last(options.repeat_last_n))
-    said = np.flatnonzero(times)
-    c, at, of_said = places(c, said)
+    said, times = np.unique(text.last(options.repeat_last_n), return_counts=True)
+    at, of_said = places(c, said)
     logits = c.logits[at].astype(np.float64)
     logits = np.where(logits <= 0, logits * repeat, logits / repeat)
-    logits -= times[said[of_said]] * frequency + presence
+    logits -= times[of_said] * frequency + presence
     return replaced(c, at, logits)
 
 
-def places(c: Candidates, ids: np.ndarray) -> tuple[Candidates, np.ndarray, np.ndarray]:
-    """Find candidates by rising ids i64 (m,).
-
-    Return the candidates by rising id, the places of those found, and which of the `ids` these are.
-    """
-    if not np.all(c.ids[:-1] < c.ids[1:]):  # most likely first, which may no longer hold
-        c = c.keep(np.argsort(c.ids))
+def places(c: Candidates, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find candidates by rising ids i64 (m,): their places, and which of the `ids` these are."""
+    ids = ids.astype(c.ids.dtype)  # or all candidates would be converted
     at = np.searchsorted(c.ids, ids)
     found = np.flatnonzero(c.ids[np.minimum(at, len(c.ids) - 1)] == ids)
-    return c, at[found], found
+    return at[found], found
 
 
 def replaced(c: Candidates, at: np.ndarray, logits: np.ndarray) -> Candidates:

@@ -59,7 +59,7 @@ class Sampler:
         self._seed = int.from_bytes(os.urandom(16), "little") if seed is None else int(seed)
         self._random: Random | None = None
         self._mirostat: Mirostat | None = None
-        self._ids = np.empty(0, np.int64)  # of the whole vocabulary
+        self._ids = np.empty(0, np.int32)  # of the whole vocabulary
         self._steps = [name for name in o.samplers if not o.mirostat or name in _WITH_MIROSTAT]
         # What is off, or leaves the best token the best, is left out of a greedy sampler.
         is_idle = {
@@ -100,7 +100,7 @@ class Sampler:
         Raises: EdgeLlamaError when the logits are not numbers, UsageError when no token is left.
         """
         row, best = self._edit(logits, allowed)
-        return best if self._is_greedy else self._draw(row)
+        return best if self._is_greedy else self._draw(row, allowed)
 
     def accept(self, token: int) -> None:
         """Note the token that the answer goes on with: the one drawn, or another."""
@@ -114,7 +114,7 @@ class Sampler:
         """Return the ids that may be drawn and their probabilities f64, most likely first."""
         from .truncation import softmax
 
-        c = self._cut(self._edit(logits, None)[0])
+        c = self._cut(self._edit(logits, None)[0], None)
         order = np.lexsort((c.ids, -c.logits))
         return c.ids[order], softmax(c.logits)[order]
 
@@ -128,7 +128,7 @@ class Sampler:
             )
         if not len(self._bias) and not self._processors and allowed is None:
             return logits, best
-        row = logits.copy()
+        row = logits.copy() if len(self._bias) or self._processors else logits
         if len(self._bias):
             if self._bias_ids.max() >= len(row):
                 raise UsageError(
@@ -140,7 +140,7 @@ class Sampler:
             if edited is not None:
                 row[:] = edited
         if allowed is not None:
-            row[~allowed] = -np.inf
+            row = np.where(allowed, row, np.float32(-np.inf))
         best = int(np.argmax(row))
         if not np.isfinite(row[best]):
             raise UsageError(
@@ -149,14 +149,16 @@ class Sampler:
             )
         return row, best
 
-    def _cut(self, row: np.ndarray) -> Candidates:
-        """Pass the whole vocabulary through the samplers."""
+    def _cut(self, row: np.ndarray, allowed: np.ndarray | None) -> Candidates:
+        """Pass the whole vocabulary, or what a narrow mask leaves of it, through the samplers."""
         from .chain import STEPS
         from .truncation import Candidates
 
         if len(self._ids) != len(row):
-            self._ids = np.arange(len(row))
+            self._ids = np.arange(len(row), dtype=np.int32)
         c = Candidates(self._ids, row)
+        if allowed is not None and np.count_nonzero(allowed) < len(row) // 8:
+            c = c.keep(np.flatnonzero(allowed))
         for name in self._steps:
             c = STEPS[name](self, c)
         if self.options.mirostat:
@@ -168,18 +170,16 @@ class Sampler:
             c = self._mirostat.cut(c, len(row))
         return c
 
-    def _draw(self, row: np.ndarray) -> int:
-        from .truncation import softmax
+    def _draw(self, row: np.ndarray, allowed: np.ndarray | None) -> int:
+        from .truncation import pick, weigh
 
-        c = self._cut(row)
+        c = self._cut(row, allowed)
         if len(c.ids) == 1:
             at, chance = 0, 1.0  # nothing is drawn
         else:
-            p = softmax(c.logits)
-            share = np.cumsum(p)
-            point = min(self.random() * share[-1], np.nextafter(share[-1], 0.0))
-            at = int(np.searchsorted(share, point, side="right"))
-            chance = float(p[at])
+            weights = weigh(c.logits)
+            at = pick(weights.each, self.random())
+            chance = float(weights.each[at]) / weights.total
         if self._mirostat is not None:
             self._mirostat.learn(chance)
         return int(c.ids[at])
