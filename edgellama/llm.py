@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
+from edgellama import tasks
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
 from edgellama.generation import (
@@ -34,6 +35,7 @@ from edgellama.sampling.of_model import ModelSampling
 from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
+from edgellama.tasks import Classification, Labels, Score
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -403,6 +405,48 @@ class LLM:
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
         return collect(self.stream_chat(messages, **options))
+
+    # --- tasks ------------------------------------------------------------------------------------
+    @overload
+    def score(self, prompt: str, continuation: str) -> Score: ...
+    @overload
+    def score(self, prompt: str, continuation: list[str]) -> list[Score]: ...
+    def score(self, prompt: str, continuation: str | list[str]) -> Score | list[Score]:
+        """Return how likely a continuation of a text is, or each of several."""
+        if isinstance(continuation, str):
+            return tasks.score(self._engine, self.tokenizer, prompt, [continuation])[0]
+        return tasks.score(self._engine, self.tokenizer, prompt, continuation)
+
+    @overload
+    def classify(self, text: str, labels: Labels, **options: Any) -> Classification: ...
+    @overload
+    def classify(self, text: list[str], labels: Labels, **options: Any) -> list[Classification]: ...
+    def classify(
+        self, text: str | list[str], labels: Labels, **options: Any
+    ) -> Classification | list[Classification]:
+        """Return the label of a text, or of each of several; options as `tasks.Classifier` has them."""
+        classifier = tasks.Classifier(self.score, labels, **options)
+        return classifier(text) if isinstance(text, str) else [classifier(one) for one in text]
+
+    def answer(self, question: str, context: str, **options: Any) -> Completion:
+        """Answer a question from a context; options as in `stream`, greedy unless they say otherwise."""
+        return tasks.answer(self, question, context, **options)
+
+    def translate(self, text: str, to: str, **options: Any) -> Completion:
+        """Translate a text into the language `to`; options as in `answer`."""
+        return tasks.translate(self, text, to, **options)
+
+    def embed(
+        self, texts: str | list[str], pooling: str = "mean", normalize: bool = True
+    ) -> np.ndarray | list[np.ndarray]:
+        """Return vectors of texts, f32 (n, D), or (D,) for one text that is given alone.
+
+        `pooling` is over what the last layer makes of a text's tokens: their "mean", the "last", the first
+        ("cls"), or "none", which returns (T, D) for each text.  Vectors have length 1 if `normalize`.
+        """
+        ids = [self.tokenize(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        vectors = tasks.embed(self._engine, ids, pooling, normalize)
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def _next_seed(self) -> int | None:
         """Seeds of calls differ, and follow from the model's own when it has one."""

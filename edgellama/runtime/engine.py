@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from itertools import accumulate
@@ -311,6 +311,39 @@ class Engine:
                 raise
         return out
 
+    def hidden(self, texts: SequenceOf[SequenceOf[int]]) -> list[np.ndarray]:
+        """Return what the head reads after every token of texts of their own, f32 (T, D) for each.
+
+        A step takes as many texts as fit.  Raises: as `evaluate`.
+        """
+        width = self._bound.inputs[-1].rows.shape[1]
+        out = [np.empty((len(ids), width), np.float32) for ids in texts]
+        live: dict[int, Sequence] = {}
+        with self._locked():
+            try:
+                for pieces in _packed(map(len, texts), self.n_batch):
+                    batch = [
+                        (live.setdefault(i, self.new_sequence()), texts[i][start:stop])
+                        for i, start, stop in pieces
+                    ]
+                    for sequence, ids in batch:
+                        self._check(sequence, ids)
+                    self._stage(batch, [False] * len(batch))
+                    self._run(0, self._head_first)
+                    for sequence, ids in batch:
+                        self._cache.commit(sequence, ids)
+                    n_tokens = sum(len(ids) for _, ids in batch)
+                    blocks = self._head(range(n_tokens), hidden=True)
+                    rows = np.vstack([block.copy() for _, block in blocks])
+                    for i, start, stop in pieces:
+                        out[i][start:stop], rows = np.split(rows, [stop - start])
+                        if stop == len(texts[i]):
+                            self._cache.truncate(live.pop(i), 0)
+            finally:
+                for sequence in live.values():
+                    self._cache.truncate(sequence, 0)
+        return out
+
     def _check(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
         if len(ids) == 0:
             raise UsageError("no tokens were given; a step needs at least one")
@@ -339,14 +372,21 @@ class Engine:
         ends = accumulate(len(ids) for _, ids in batch)
         return [end - 1 for end, wants in zip(ends, wants_last, strict=True) if wants]
 
-    def _head(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first, rows): logits of the wanted rows of this step, block by block."""
-        n_out = len(self._bound.logits)
-        for first in range(0, len(wanted), n_out):
-            rows = wanted[first : first + n_out]
+    def _head(
+        self, wanted: SequenceOf[int], hidden: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first, rows), block by block: logits of the wanted rows of this step.
+
+        Or what they are projected from, if `hidden`.
+        """
+        head = self._bound.inputs[-1]
+        end = head.record if hidden else self._n_records
+        out = head.rows if hidden else self._bound.logits[:, : self.n_vocab]
+        for first in range(0, len(wanted), len(out)):
+            rows = wanted[first : first + len(out)]
             self._step.want(rows)
-            self._run(self._head_first, self._n_records)
-            yield first, self._bound.logits[: len(rows), : self.n_vocab]
+            self._run(self._head_first, end)
+            yield first, out[: len(rows)]
 
     def _run(self, first: int, last: int) -> None:
         assert self._threads is not None, "a step begins with _check"
@@ -397,3 +437,21 @@ class Engine:
                 times.append(time.perf_counter() - start)
             self._cache.commit(sequence, ids)
             return times
+
+
+def _packed(sizes: Iterable[int], room: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield steps of up to `room` tokens: (text, start, stop) of the pieces in each."""
+    step: list[tuple[int, int, int]] = []
+    left = room
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + left)
+            step.append((i, start, stop))
+            left -= stop - start
+            start = stop
+            if not left:
+                yield step
+                step, left = [], room
+    if step:
+        yield step
