@@ -1,7 +1,7 @@
 """Beam search: keeps the likeliest texts of every length.
 
-A beam that splits is a new sequence, which takes the full pages of its text from the cache and
-evaluates the rest, at most a page.  Source: Sutskever et al., Sequence to sequence learning, 2014;
+Every step grows all beams at once; where one splits, its sequence is forked.
+Source: Sutskever et al., Sequence to sequence learning, 2014;
 Wu et al., Google's neural machine translation system, 2016 (length penalty).
 """
 
@@ -26,6 +26,7 @@ from edgellama.tokenizer import Tokenizer
 class Beam(NamedTuple):
     """A text after the prompt; an end of generation counts, and is not among `tokens`."""
 
+    parent: int = 0  # which beam of the step before it grew from
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     total: float = 0.0  # of the log probabilities
@@ -65,23 +66,22 @@ class Beams:
         engine = self._engine
         timings = Timings(prompt_n=len(ids))
         beams, ended = [Beam()], list[Beam]()
-        sequences: list[Sequence] = []
+        sequences = [engine.new_sequence()]
         start = time.perf_counter()
         try:
             for n in range(max_tokens):
-                texts = [[*ids, *beam.tokens] for beam in beams]
-                sequences = self._place(sequences, texts)
-                rows = engine.step(
-                    [(s, text[len(s.tokens) :]) for s, text in zip(sequences, texts, strict=True)]
-                )
                 if n == 0:
+                    rows = engine.step([(sequences[0], ids)])
                     timings.prompt_s = time.perf_counter() - start
                     timings.cached_n = sequences[0].n_reused
+                else:
+                    sequences = self._forks(sequences, beams)
+                    batch = zip(sequences, beams, strict=True)
+                    rows = engine.step([(s, beam.tokens[-1:]) for s, beam in batch])
                 beams, new = self._grow(beams, rows)
                 ended = self._best(ended + new)
-                if len(ended) == self._width and (
-                    not beams or self._score(ended[-1]) >= self._score(beams[0])
-                ):
+                is_full = len(ended) == self._width
+                if not beams or (is_full and self._score(ended[-1]) >= self._score(beams[0])):
                     beams = []
                     break
         finally:
@@ -96,30 +96,26 @@ class Beams:
     def _best(self, beams: list[Beam]) -> list[Beam]:
         return sorted(beams, key=self._score, reverse=True)[: self._width]
 
-    def _place(self, old: list[Sequence], texts: list[list[int]]) -> list[Sequence]:
-        """Return a sequence for each text: the one that holds all but its last token, or a new one."""
-        left = list(old)
-        placed = []
-        for text in texts:
-            held = next((s for s in left if s.tokens == text[:-1]), None)
-            if held is not None:
-                left.remove(held)
-            placed.append(held or self._engine.new_sequence())
-        for sequence in left:
+    def _forks(self, old: list[Sequence], beams: list[Beam]) -> list[Sequence]:
+        """Return a sequence of each beam's text but for its last token, and free the old ones."""
+        new = [self._engine.fork(old[beam.parent]) for beam in beams]
+        for sequence in old:
             self._engine.free(sequence)
-        return placed
+        return new
 
     def _grow(self, beams: list[Beam], rows: np.ndarray) -> tuple[list[Beam], list[Beam]]:
         """Return the `width` likeliest texts one token longer, and those as likely that ended."""
         ends = self._tokenizer.eog_ids
         grown = []
-        for beam, row in zip(beams, rows, strict=True):
+        for i, (beam, row) in enumerate(zip(beams, rows, strict=True)):
             shares = log_softmax(row)
             for token in largest(row, self._width + len(ends)).tolist():
                 logprob = float(shares[token])
                 is_end = token in ends
                 tokens = beam.tokens if is_end else (*beam.tokens, token)
-                grown.append(Beam(tokens, (*beam.logprobs, logprob), beam.total + logprob, is_end))
+                grown.append(
+                    Beam(i, tokens, (*beam.logprobs, logprob), beam.total + logprob, is_end)
+                )
         grown.sort(key=lambda beam: beam.total, reverse=True)
         going, ended = list[Beam](), list[Beam]()
         for beam in grown:

@@ -164,18 +164,18 @@ def answer_together(
 ) -> list[Completion]:
     """Answer a prompt several times at once; every step takes a token of each answer.
 
-    The prompt is evaluated once: sequences share the pages that it fills.  When the cache is full,
+    The prompt is evaluated once: sequences are forks that share its pages.  When the cache is full,
     the last answer waits until another is done.
     """
     timings = Timings(prompt_n=len(ids))
     deltas: dict[Answer, list[Delta]] = {answer: [] for answer in answers}
-    live = {answers[0]: engine.new_sequence()}
+    first = engine.new_sequence()
+    live = {answers[0]: first}
     try:
         begin = time.perf_counter()
-        logits = evaluate_prompt(
-            engine, live[answers[0]], ids, of_prompt.visit if of_prompt else None
-        )
-        timings.cached_n = live[answers[0]].n_reused
+        logits = evaluate_prompt(engine, first, ids, of_prompt.visit if of_prompt else None)
+        timings.cached_n = first.n_reused
+        live |= {answer: engine.fork(first) for answer in answers[1:]}
         start = time.perf_counter()
         timings.prompt_s = start - begin
 
@@ -189,12 +189,11 @@ def answer_together(
                 own = replace(timings, predicted_n=len(answer.tokens))
                 own.predicted_s = time.perf_counter() - start
                 deltas[answer].append(answer.last_delta(own, of_prompt))
-                if answer in live:
-                    engine.free(live.pop(answer))
+                engine.free(live.pop(answer))
 
         for answer in answers:
             take(answer, logits)
-        waiting = deque(a for a in answers if a.finish_reason is None and a not in live)
+        waiting = deque[Answer]()
         n_most = len(answers)
         while waiting or live:
             while waiting and len(live) < n_most:

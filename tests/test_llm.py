@@ -7,6 +7,7 @@ model is at the end.
 from __future__ import annotations
 
 import codecs
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,12 +94,12 @@ class FakeEngine:
     def evaluate_each(self, sequence: Any, ids: list[int]) -> np.ndarray:
         return np.array([self.evaluate(sequence, [i]) for i in ids])
 
+    def fork(self, sequence: Any) -> Any:
+        self.live.append(copy.deepcopy(sequence))
+        return self.live[-1]
+
     def step(self, batch: Any) -> np.ndarray:
-        for sequence, _ in batch:
-            if not sequence.tokens:  # one more of the same prompt
-                sequence.n_prompt = len(self.prompts[-1])
-                sequence.tokens = list(self.prompts[-1])
-        return np.array([self.evaluate(s, ids[-1:]) for s, ids in batch])
+        return np.array([self.evaluate(sequence, ids) for sequence, ids in batch])
 
     def truncate(self, sequence: Any, n_tokens: int) -> None:
         assert sequence.n_prompt <= n_tokens <= len(sequence.tokens)
