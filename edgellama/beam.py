@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from edgellama.generation import Completion, Timings
-from edgellama.logprobs import TokenLogprob, log_softmax
+from edgellama.logprobs import TokenLogprob
 from edgellama.runtime.engine import Engine
 from edgellama.runtime.kvcache import Sequence
-from edgellama.sampling.truncation import largest
+from edgellama.sampling.truncation import largest, weigh
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer
 
@@ -108,9 +108,9 @@ class Beams:
         ends = self._tokenizer.eog_ids
         grown = []
         for i, (beam, row) in enumerate(zip(beams, rows, strict=True)):
-            shares = log_softmax(row)
+            weights = weigh(row)
             for token in largest(row, self._width + len(ends)).tolist():
-                logprob = float(shares[token])
+                logprob = weights.logprob(token)
                 is_end = token in ends
                 tokens = beam.tokens if is_end else (*beam.tokens, token)
                 grown.append(

@@ -27,14 +27,6 @@ class TokenLogprob(NamedTuple):
         return self.piece.decode(errors="replace")
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities f64 (V,) of logits (V,)."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    return shifted
-
-
 class Logprobs:
     """Looks up log probabilities in logits, with those of the `n_top` likeliest tokens."""
 
@@ -44,13 +36,13 @@ class Logprobs:
 
     def __call__(self, logits: np.ndarray, token: int) -> TokenLogprob:
         """Return what the logits f32 (V,) say of a token."""
-        from edgellama.sampling.truncation import largest
+        from edgellama.sampling.truncation import largest, weigh
 
-        shares = log_softmax(logits)
+        weights = weigh(logits)
 
         def entry(token: int, top: list[TokenLogprob]) -> TokenLogprob:
             return TokenLogprob(
-                token, self._tokenizer.token_bytes(token), float(shares[token]), top
+                token, self._tokenizer.token_bytes(token), weights.logprob(token), top
             )
 
         top = largest(logits, self._n_top).tolist() if self._n_top else []

@@ -46,6 +46,10 @@ class Weights(NamedTuple):
     distance: np.ndarray
     total: float
 
+    def logprob(self, at: int) -> float:
+        """Natural log of a candidate's probability."""
+        return float(self.distance[at]) - math.log(self.total)
+
 
 def weigh(logits: np.ndarray) -> Weights:
     """Weights of logits (n,): probabilities are `each / total`."""
