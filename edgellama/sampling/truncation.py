@@ -151,7 +151,8 @@ def xtc(
     """
     if chance >= probability or threshold > 0.5 or len(c.ids) < 2:
         return c
-    above = np.flatnonzero(softmax(c.logits) >= threshold)
+    weights = weigh(c.logits)
+    above = np.flatnonzero(weights.each >= threshold * weights.total)
     if len(above) < 2 or len(c.ids) - len(above) + 1 < min_keep:
         return c
     least = above[len(above) - 1 - np.argmin(c.logits[above][::-1])]  # the last of equal ones
