@@ -136,6 +136,14 @@ class Engine:
         """Begin an empty sequence."""
         return Sequence(self.n_ctx)
 
+    def fork(self, sequence: Sequence) -> Sequence:
+        """Begin a sequence with the tokens of another one, on its pages; nothing is computed.
+
+        Each goes on as if it were alone: whoever first writes into a page they share takes a copy.
+        """
+        with self._locked():
+            return self._cache.fork(sequence)
+
     def free(self, sequence: Sequence) -> None:
         """Forget a sequence; its full pages stay known until their room is needed.
 
@@ -173,8 +181,7 @@ class Engine:
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
         """Go back to the first `n_tokens` tokens; nothing is computed.
 
-        Raises: UsageError when the sequence is shorter, ContextOverflowError when its last page is
-        shared and there is no room for a copy.
+        Raises: UsageError when the sequence is shorter.
         """
         if not 0 <= n_tokens <= len(sequence.tokens):
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")

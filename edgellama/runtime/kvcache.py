@@ -7,6 +7,7 @@ beginning takes them instead of computing them.  Bytes and their layout: `kernel
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
@@ -100,8 +101,24 @@ class KVCache:
         sequence.n_reused = n
         return n
 
+    def fork(self, sequence: Sequence) -> Sequence:
+        """Return a sequence of the same tokens on the same pages."""
+        fork = copy.copy(sequence)
+        fork.tokens, fork.keys = sequence.tokens.copy(), sequence.keys.copy()
+        fork.pages, fork.table = [], np.zeros_like(sequence.table)
+        for page in sequence.pages:
+            self._use(fork, page)
+        return fork
+
     def reserve(self, sequence: Sequence, n_tokens: int) -> None:
-        """Make room for positions up to `n_tokens`."""
+        """Make room for positions up to `n_tokens`.
+
+        What other sequences see of a page, or what is known of it by its hash, never changes: if the
+        tokens end within such a page, this sequence takes a copy, or the page is no longer known.
+        Raises: ContextOverflowError.
+        """
+        if len(sequence.tokens) % PAGE:
+            self._own(sequence, len(sequence.tokens) // PAGE)
         while len(sequence.pages) * PAGE < n_tokens:
             self._use(sequence, self._take_page())
 
@@ -119,15 +136,8 @@ class KVCache:
                 self._key_of[page] = key
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
-        """Forget positions from `n_tokens` on, and give back the pages that held only those.
-
-        What a page that is known by its hash holds never changes.  So if the cut goes through one,
-        the page is no longer known; or, when other sequences use it, this one takes a copy.
-        Raises: ContextOverflowError when there is no page for the copy; then nothing has changed.
-        """
+        """Forget positions from `n_tokens` on, and give back the pages that held only those."""
         n_pages = -(-n_tokens // PAGE)
-        if n_tokens % PAGE and sequence.pages[n_pages - 1] in self._key_of:
-            self._own(sequence, n_pages - 1)
         for page in sequence.pages[n_pages:]:
             self._release(page)
         del sequence.pages[n_pages:]
@@ -135,16 +145,17 @@ class KVCache:
         del sequence.tokens[n_tokens:]
 
     def _own(self, sequence: Sequence, i: int) -> None:
-        """Make the sequence's page `i`, which is known, one that may be written."""
+        """Make the sequence's page `i` one that may be written."""
         page = sequence.pages[i]
         if self._n_users[page] == 1:
-            self._forget(page)
+            if page in self._key_of:
+                self._forget(page)
             return
-        copy = self._take_page()
-        self._bytes[:, copy] = self._bytes[:, page]
+        own = self._take_page()
+        self._bytes[:, own] = self._bytes[:, page]
         self._n_users[page] -= 1
-        self._n_users[copy] = 1
-        sequence.pages[i] = sequence.table[i] = copy
+        self._n_users[own] = 1
+        sequence.pages[i] = sequence.table[i] = own
 
     def _forget(self, page: int) -> None:
         del self._by_key[self._key_of.pop(page)]
