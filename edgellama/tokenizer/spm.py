@@ -30,9 +30,9 @@ class SentencePiece:
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(_model_proto(vocab))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens, which begins the input or follows such a token."""
-        prefix = " " if self.adds_space_prefix else ""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Ids of a text without special tokens; it `begins` the input or follows such a token."""
+        prefix = " " if begins and self.adds_space_prefix else ""
         return self._processor.EncodeAsIds(prefix + text)
 
     def token_bytes(self, token: int) -> bytes:
