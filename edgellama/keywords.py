@@ -6,7 +6,7 @@ What they mean: `LLM.stream`, and `sampling/options.py` for those of the sampler
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from edgellama.sampling import LogitsProcessor
 
@@ -37,7 +37,7 @@ class SamplingKeywords(TypedDict, total=False):
     mirostat: int | None
     mirostat_tau: float | None
     mirostat_eta: float | None
-    logit_bias: Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float] | None
+    logit_bias: Mapping[Any, float] | None  # of token ids and texts
     samplers: str | Sequence[str] | None
 
 
