@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from llguidance import LLTokenizer
@@ -40,27 +42,31 @@ def orders(value: Any) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Count and print."""
+    """Print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite")
-    parser.add_argument("--show", action="store_true", help="print every wrong case")
+    parser.add_argument("--show", action="store_true", help="print what is refused, and why")
     arguments = parser.parse_args()
-    tokens = LLTokenizer("byte", slices=[])
-    totals: dict[str, Counter[str]] = {}
-    with zipfile.ZipFile(arguments.suite) as suite:
-        for name in sorted(suite.namelist()):
-            if not name.endswith(".json") or "/draft" not in name:
-                continue
-            draft = "required" if "/optional/" not in name else "optional"
-            draft = f"{name.split('/')[-2 if draft == 'required' else name.split('/').index('optional') - 1]} {draft}"
-            count = totals.setdefault(draft, Counter())
-            for group in json.loads(suite.read(name)):
-                check(name, group, tokens, count, arguments.show)
+    totals = count(arguments.suite, arguments.show)
     columns = ("schemas", "refused", "right", "wrong open", "wrong closed")
     print("|".join(("| suite ", *(f" {c} " for c in columns), "")))
     print("|---" * (len(columns) + 1) + "|")
-    for draft, count in totals.items():
-        print("|".join((f"| {draft} ", *(f" {count[c]} " for c in columns), "")))
+    for draft, found in totals.items():
+        print("|".join((f"| {draft} ", *(f" {found[c]} " for c in columns), "")))
+
+
+def count(path: str | Path, show: bool = False) -> dict[str, Counter[str]]:
+    """Return the counts of each draft, of what it requires and of what is optional in it."""
+    tokens = LLTokenizer("byte", slices=[])
+    totals: dict[str, Counter[str]] = {}
+    with zipfile.ZipFile(path) as suite:
+        for name in sorted(suite.namelist()):
+            found = re.fullmatch(r"tests/(draft[^/]+)/(optional/)?.*\.json", name)
+            if found:
+                draft = f"{found[1]} {'optional' if found[2] else 'required'}"
+                for group in json.loads(suite.read(name)):
+                    check(name, group, tokens, totals.setdefault(draft, Counter()), show)
+    return totals
 
 
 def check(

@@ -27,7 +27,9 @@ _TOKEN = re.compile(
 )
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "[": "[", "]": "]", "-": "-"}
 _DEPTH = 50
-_N_TIMES = 2000  # a larger least number of repetitions, and nested ones of a larger product, are refused
+_N_TIMES = (
+    2000  # a larger least number of repetitions, and nested ones of a larger product, are refused
+)
 
 
 class _Part(NamedTuple):
@@ -51,9 +53,7 @@ def gbnf_to_lark(text: str) -> str:
         for other in part.names - rules.keys():
             raise GrammarError(f"the grammar names {other!r} in {name!r}, but has no such rule")
     terminals = _terminals(rules)
-    lark_name = {
-        name: f"T{i}" if name in terminals else f"r{i}" for i, name in enumerate(rules)
-    }
+    lark_name = {name: f"T{i}" if name in terminals else f"r{i}" for i, name in enumerate(rules)}
     lines = [f"start: {lark_name['root']}"]
     for name, part in rules.items():
         lark = re.sub(r"\0([\w-]+)\0", lambda found: lark_name[found[1]], part.lark)
@@ -191,7 +191,11 @@ class _Parser:
         def character(found: re.Match[str]) -> str:
             digits = found[1] or found[2] or found[3]
             code = int(digits, 16) if digits else -1
-            if code > 0x10FFFF or 0xD800 <= code < 0xE000 or (code < 0 and found[4] not in _ESCAPES):
+            if (
+                code > 0x10FFFF
+                or 0xD800 <= code < 0xE000
+                or (code < 0 and found[4] not in _ESCAPES)
+            ):
                 raise self._error(f"{found[0]!r} is no character")
             return _ESCAPES[found[4]] if code < 0 else chr(code)
 

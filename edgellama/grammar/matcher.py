@@ -67,7 +67,9 @@ class _Vocabulary:
         self._encode = tokenizer.encode_inside
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """The tokens of a text that a grammar demands; none where they do not spell it."""
+        ids = self._encode(text)
+        return ids if b"".join(self.tokens[i] for i in ids) == text.encode() else []
 
 
 class Matcher:

@@ -117,6 +117,8 @@ def _text(name: str, value: Any) -> str:
 def _quoted(regex: str) -> str:
     """A regular expression between slashes, which Lark ends at a slash or a line's end."""
     parts = re.findall(r"\\.|.", regex, re.DOTALL)
+    if parts and parts[-1] == "\\":
+        raise GrammarError("the regular expression ends in a backslash")
     instead = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n"}
     return f"/{''.join(instead.get(part, part) for part in parts)}/"
 

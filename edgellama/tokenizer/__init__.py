@@ -115,7 +115,10 @@ class Tokenizer:
 
     def all_bytes(self) -> list[bytes]:
         """The bytes of all tokens, as `token_bytes` gives them."""
-        return list(map(self.token_bytes, range(self.n_vocab)))
+        out = self._model.all_bytes()
+        for token in np.flatnonzero(np.isin(self.vocab.types, (*SPECIAL, BYTE))).tolist():
+            out[token] = self.token_bytes(token)
+        return out
 
     def encode_inside(self, text: str) -> list[int]:
         """The ids of a text that goes on from another, without special tokens."""

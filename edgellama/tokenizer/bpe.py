@@ -129,6 +129,10 @@ class ByteLevelBPE:
         except KeyError:
             return text.encode()  # a token that is not written in the byte alphabet
 
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of every token, taken as a normal one."""
+        return list(map(self.token_bytes, range(len(self._tokens))))
+
 
 def _first_places(texts: list[str]) -> dict[str, int]:
     return dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))

@@ -39,6 +39,10 @@ class SentencePiece:
         """The bytes of a normal token."""
         return self._tokens[token].replace(_SPACE, " ").encode()
 
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of every token, taken as a normal one."""
+        return [text.replace(_SPACE, " ").encode() for text in self._tokens]
+
 
 def _varint(n: int) -> bytes:
     out = bytearray()
