@@ -54,3 +54,8 @@ class AnswerKeywords(SamplingKeywords, total=False):
     prompt_logprobs: bool
     processors: Sequence[LogitsProcessor]
     parse_special: bool
+    response_format: Mapping[str, Any] | None
+    json_schema: Mapping[str, Any] | bool | str | None
+    grammar: str | None
+    regex: str | None
+    choices: Sequence[str] | None

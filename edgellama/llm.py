@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from edgellama.chat import ChatTemplate
+    from edgellama.grammar import Tokens
     from edgellama.keywords import AnswerKeywords
     from edgellama.sampling import LogitsProcessor
 
@@ -169,6 +170,12 @@ class LLM:
         bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
         return ChatTemplate(source, bos, eos)
 
+    @cached_property
+    def _grammar_tokens(self) -> Tokens:
+        from edgellama.grammar import Tokens
+
+        return Tokens(self.tokenizer)
+
     def __enter__(self) -> LLM:
         return self
 
@@ -213,8 +220,10 @@ class LLM:
         `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
         to change in place or return anew.
         `parse_special`: whether special tokens may be written out in the prompt.
+        `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
+        `choices`: what the answer has to look like (docs/constrained.md).
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
-        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
         ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
 
@@ -305,6 +314,11 @@ class LLM:
         prompt_logprobs: bool = False,
         processors: Sequence[LogitsProcessor] = (),
         parse_special: bool = False,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | str | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         **sampling: Any,
     ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
         """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
@@ -324,6 +338,13 @@ class LLM:
         check_flag("ignore_eos", ignore_eos)
         if not all(map(callable, processors)):
             raise UsageError(f"processors is {processors!r}; a list of functions is needed")
+        rules = None
+        if any(x is not None for x in (response_format, json_schema, grammar, regex, choices)):
+            from edgellama.grammar import read_grammar
+
+            rules = read_grammar(response_format, json_schema, grammar, regex, choices)
+        if rules is not None and ignore_eos:
+            raise UsageError("ignore_eos has no sense with a grammar, which says where answers end")
         lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
         options = self._sampling.read(sampling, ignore_eos)
@@ -337,6 +358,7 @@ class LLM:
                 limit,
                 max_time_s=math.inf if max_time_s is None else max_time_s,
                 logprobs=lookup if logprobs or top_logprobs else None,
+                constraint=None if rules is None else self._grammar_tokens.constrain(rules),
             )
             for i in range(n)
         ]

@@ -10,7 +10,7 @@ import click
 
 from edgellama.errors import UsageError
 
-from .options import GroupedCommand, sampling_options
+from .options import GroupedCommand, grammar_options, sampling_options
 
 
 @click.command(cls=GroupedCommand)
@@ -36,6 +36,7 @@ from .options import GroupedCommand, sampling_options
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 @sampling_options
+@grammar_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
     stop: tuple[str, ...], threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
