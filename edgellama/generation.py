@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from edgellama.sampling import Sampler
 from edgellama.speculate import Steps, evaluate_prompt
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgellama.chat import ToolCall
 
 
 @dataclass(slots=True)
@@ -44,7 +47,8 @@ class Delta(NamedTuple):
     """A piece of an answer as it streams; the last one has a finish_reason.
 
     `logprobs` has an entry for each of `tokens`, if asked for; `prompt_logprobs`, of the last one,
-    for each token of the prompt (None for the first).
+    for each token of the prompt (None for the first).  In a chat, `text` is what is neither reasoning
+    nor a tool call; a call comes when it is complete.
     """
 
     text: str
@@ -53,10 +57,12 @@ class Delta(NamedTuple):
     finish_reason: str | None = None
     timings: Timings | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] | None = None
 
 
 class Completion(NamedTuple):
-    """A whole answer; finish_reason is "stop" or "length"."""
+    """A whole answer; finish_reason is "stop", "length", or in a chat "tool_calls"."""
 
     text: str
     tokens: list[int]
@@ -64,6 +70,15 @@ class Completion(NamedTuple):
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message, to be added to the chat's."""
+        from edgellama.chat.messages import assistant_message
+
+        return assistant_message(self.text, self.reasoning, self.tool_calls or [])
 
 
 class Constraint(Protocol):
@@ -89,6 +104,7 @@ class Answer:
         max_time_s: float = float("inf"),
         logprobs: Logprobs | None = None,
         constraint: Constraint | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.sampler = sampler
         self.max_tokens = max_tokens
@@ -96,7 +112,7 @@ class Answer:
         self.finish_reason = None if max_tokens else "length"
         self._max_time_s = max_time_s
         self._ends = tokenizer.eog_ids
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(shown)
         self._stops = stops
         self._logprobs = logprobs
         self._constraint = constraint
@@ -219,13 +235,17 @@ def answer_together(
 
 def collect(deltas: Iterable[Delta]) -> Completion:
     """Put the pieces of an answer together."""
-    text, tokens, logprobs = "", list[int](), list[TokenLogprob]()
+    text, reasoning, tokens = "", "", list[int]()
+    logprobs, calls = list[TokenLogprob](), list["ToolCall"]()
     for delta in deltas:
         text += delta.text
+        reasoning += delta.reasoning
         tokens += delta.tokens
         logprobs += delta.logprobs or []
+        calls += delta.tool_calls or []
     assert delta.finish_reason is not None
     assert delta.timings is not None
     return Completion(
-        text, tokens, delta.finish_reason, delta.timings, logprobs or None, delta.prompt_logprobs
-    )
+        text, tokens, delta.finish_reason, delta.timings, logprobs or None, delta.prompt_logprobs,
+        reasoning, calls or None,
+    )  # fmt: skip

@@ -5,6 +5,7 @@ What they mean: `LLM.stream`, and `sampling/options.py` for those of the sampler
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -59,3 +60,21 @@ class AnswerKeywords(SamplingKeywords, total=False):
     grammar: str | None
     regex: str | None
     choices: Sequence[str] | None
+
+
+class PromptKeywords(TypedDict, total=False):
+    """Keywords of `LLM.render_chat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
+    tool_format: str | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template: str | os.PathLike[str] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    reasoning_format: str
+
+
+class ChatKeywords(AnswerKeywords, PromptKeywords, total=False):
+    """Keywords of `LLM.stream_chat`."""

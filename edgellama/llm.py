@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from edgellama import tasks
 from edgellama.catalog import resolve
-from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
+from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
 from edgellama.generation import (
     Answer,
     Completion,
@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-    from edgellama.chat import ChatTemplate
+    from edgellama.chat import Chat, ChatPrompt, ChatTemplate
     from edgellama.grammar import Tokens
-    from edgellama.keywords import AnswerKeywords
+    from edgellama.keywords import AnswerKeywords, ChatKeywords, PromptKeywords
     from edgellama.sampling import LogitsProcessor
+
+_TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 class _TokenizerThread(threading.Thread):
@@ -87,6 +89,7 @@ class LLM:
     where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
+    `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -103,7 +106,9 @@ class LLM:
         offline: bool = False,
         override_pre: str | None = None,
         draft: str | os.PathLike[str] | LLM | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
+        self._chat_template = chat_template
         path = resolve(None if model is None else os.fspath(model), offline=offline)
         with open_gguf(path) as gguf:
             self.config = read_config(gguf)
@@ -160,15 +165,16 @@ class LLM:
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template of the file, if it has one."""
-        source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
-            return None
-        from edgellama.chat import ChatTemplate
+        """The chat template: the one given, or the file's, if it has one."""
+        if self._chat_template is None and _TEMPLATE_KEY not in self.metadata:
+            return None  # without an import
+        return self._chat.template()
 
-        ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
-        return ChatTemplate(source, bos, eos)
+    @cached_property
+    def _chat(self) -> Chat:
+        from edgellama.chat import Chat
+
+        return Chat(self.config.name, self.tokenizer, self.metadata, self._chat_template)
 
     @cached_property
     def _grammar_tokens(self) -> Tokens:
@@ -319,6 +325,7 @@ class LLM:
         grammar: str | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
+        shown: frozenset[int] = frozenset(),
         **sampling: Any,
     ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
         """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
@@ -359,6 +366,7 @@ class LLM:
                 max_time_s=math.inf if max_time_s is None else max_time_s,
                 logprobs=lookup if logprobs or top_logprobs else None,
                 constraint=None if rules is None else self._grammar_tokens.constrain(rules),
+                shown=shown,
             )
             for i in range(n)
         ]
@@ -398,35 +406,65 @@ class LLM:
         return Lookup(ends) if self._looks_up else None
 
     # --- chat -------------------------------------------------------------------------------------
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[PromptKeywords]
+    ) -> list[int]:
         """Return the token ids of a chat as the model's template writes it.
 
-        Raises: TemplateError when the file has no template or it fails.
+        Options, of `chat` and `stream_chat` too:
+        `tools`, `tool_choice`: in OpenAI's form; `tool_format`: "hermes", "llama3" or "mistral", how
+        the answer writes calls, where the template's own marks do not tell.
+        `documents`: for templates that take them; `chat_template_kwargs`: other variables for it.
+        `chat_template`: as for `LLM`, for this chat alone.
+        `add_generation_prompt`: whether the assistant's turn is opened.
+        `continue_final_message`: whether the answer goes on with the last message, the assistant's.
+        `reasoning_format`: "split" takes reasoning out of the text of an answer, "text" leaves it.
+        Raises: TemplateError when the file has no template or it fails; UsageError.
         """
-        if self.template is None:
-            raise TemplateError(
-                f"{self.config.name} has no chat template; continue plain text instead (--raw)"
-            )
-        text = self.template.render(messages, **variables)
-        ids = self.tokenizer.encode(text, False, True)
-        bos = self.tokenizer.bos_id
-        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        return ids
+        return self._chat.prompt(messages, **options).ids
 
     def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[AnswerKeywords],
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
     ) -> Iterator[Delta]:
-        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
-        return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
+        """Answer a chat, yielding the answer piece by piece; options as in `stream` and `render_chat`."""
+        prompt, rest = self._chat_prompt(messages, options)
+        return prompt.read(self.stream(prompt.ids, **rest))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
-        return collect(self.stream_chat(messages, **options))
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]: ...
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]:
+        """Answer a chat of {"role": ..., "content": ...} messages.
+
+        Options as in `stream` and `render_chat`, `n` as in `generate`.  The answer's `.message` is to
+        be added to the messages.
+        """
+        prompt, rest = self._chat_prompt(messages, options)
+        if n == 1:
+            return collect(prompt.read(self.stream(prompt.ids, **rest)))
+        done = self.generate(prompt.ids, n=n, **rest)
+        assert isinstance(done, list)
+        return [collect(prompt.read([_as_delta(one)])) for one in done]
+
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> tuple[ChatPrompt, dict[str, Any]]:
+        """Return the prompt of a chat, and the options that are not of chats."""
+        from edgellama.chat import CHAT_OPTIONS
+
+        own = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
+        rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+        prompt = self._chat.prompt(messages, **own)
+        return prompt, {**rest, "shown": prompt.shown}
 
     # --- tasks ------------------------------------------------------------------------------------
     @overload
@@ -476,3 +514,15 @@ class LLM:
             return None
         self._n_calls += 1
         return self._seed + self._n_calls - 1
+
+
+def _as_delta(done: Completion) -> Delta:
+    """A whole answer as its only piece."""
+    return Delta(
+        done.text,
+        done.tokens,
+        done.logprobs,
+        done.finish_reason,
+        done.timings,
+        done.prompt_logprobs,
+    )

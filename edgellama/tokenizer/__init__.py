@@ -136,9 +136,9 @@ class Tokenizer:
             text = text[1:]
         return text.decode(errors="replace")
 
-    def stream(self) -> StreamDecoder:
-        """Return a decoder for ids that come one at a time."""
-        return StreamDecoder(self)
+    def stream(self, shown: frozenset[int] = frozenset()) -> StreamDecoder:
+        """Return a decoder for ids that come one at a time; special tokens among `shown` are text."""
+        return StreamDecoder(self, shown)
 
 
 def load_tokenizer(metadata: Mapping[str, Any], override_pre: str | None = None) -> Tokenizer:
