@@ -1,20 +1,25 @@
 """From steps to an answer: draw a token, note it, turn it into text, look for an end.
 
-What a token is drawn by is in `sampling.py`, what the model says next in `speculate.py`, which asks the
-engine; `llm.py` puts these together.
+`Answer` is one answer as it grows, `stream` yields it piece by piece, `answer_together` makes several
+of one prompt at once.  What a token is drawn by is in `sampling/`, what the model says next in
+`speculate.py`, which asks the engine; `llm.py` puts these together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from edgellama.errors import ContextOverflowError
+from edgellama.logprobs import Logprobs, PromptLogprobs, TokenLogprob
+from edgellama.runtime.engine import Engine
 from edgellama.sampling import Sampler
-from edgellama.speculate import Steps
+from edgellama.speculate import Steps, evaluate_prompt
 from edgellama.stopping import StopStrings
 from edgellama.tokenizer import Tokenizer
 
@@ -36,13 +41,18 @@ class Timings:
 
 
 class Delta(NamedTuple):
-    """A piece of an answer as it streams; the last one has a finish_reason."""
+    """A piece of an answer as it streams; the last one has a finish_reason.
+
+    `logprobs` has an entry for each of `tokens`, if asked for; `prompt_logprobs`, of the last one,
+    for each token of the prompt (None for the first).
+    """
 
     text: str
     tokens: list[int]
-    logprobs: None = None
+    logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     timings: Timings | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class Completion(NamedTuple):
@@ -52,7 +62,8 @@ class Completion(NamedTuple):
     tokens: list[int]
     finish_reason: str
     timings: Timings
-    logprobs: None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class Constraint(Protocol):
@@ -65,57 +76,156 @@ class Constraint(Protocol):
         """Note the token that came."""
 
 
-def generate(
-    ids: Sequence[int],
-    steps: Steps,
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    stops: StopStrings,
-    max_tokens: int,
-    constraint: Constraint | None = None,
+class Answer:
+    """One answer as it grows, and why it ended: at most `max_tokens`, begun within `max_time_s`."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        stops: StopStrings,
+        max_tokens: int,
+        *,
+        max_time_s: float = float("inf"),
+        logprobs: Logprobs | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.max_tokens = max_tokens
+        self.tokens: list[int] = []
+        self.finish_reason = None if max_tokens else "length"
+        self._max_time_s = max_time_s
+        self._ends = tokenizer.eog_ids
+        self._decoder = tokenizer.stream()
+        self._stops = stops
+        self._logprobs = logprobs
+        self._constraint = constraint
+
+    def take(self, logits: np.ndarray, elapsed_s: float) -> Delta | None:
+        """Draw the next token from logits f32 (V,); None at an end of generation."""
+        constraint = self._constraint
+        token = self.sampler.sample(logits, None if constraint is None else constraint.mask())
+        if token in self._ends:
+            self.finish_reason = "stop"
+            return None
+        self.sampler.accept(token)
+        if constraint is not None:
+            constraint.accept(token)
+        self.tokens.append(token)
+        text = self._stops.feed(self._decoder.feed(token))
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_tokens or elapsed_s >= self._max_time_s:
+            self.finish_reason = "length"
+        return Delta(text, [token], [self._logprobs(logits, token)] if self._logprobs else None)
+
+    def last_delta(self, timings: Timings, of_prompt: PromptLogprobs | None) -> Delta:
+        """Return the text that was held back, and why the answer ended."""
+        rest = ""
+        if not self._stops.stopped:
+            rest = self._stops.feed(self._decoder.flush()) + self._stops.flush()
+        known = of_prompt.found if of_prompt else None
+        return Delta(rest, [], None, self.finish_reason, timings, known)
+
+
+def stream(
+    new_steps: Callable[[], Steps],
+    ids: list[int],
+    answer: Answer,
+    of_prompt: PromptLogprobs | None = None,
 ) -> Iterator[Delta]:
-    """Continue token ids, yielding the text piece by piece; closes `steps` at the end."""
+    """Answer a prompt piece by piece; nothing is held before the first piece is asked for."""
     timings = Timings(prompt_n=len(ids))
-    decoder = tokenizer.stream()
-    reason = "length"
+    steps = new_steps()
     try:
-        start = time.perf_counter()
-        logits = steps.begin(ids)
+        begin = time.perf_counter()
+        logits = steps.begin(ids, of_prompt.visit if of_prompt else None)
         timings.cached_n = steps.n_cached
-        timings.prompt_s = time.perf_counter() - start
         start = time.perf_counter()
-        while timings.predicted_n < max_tokens:
-            token = sampler.sample(logits, None if constraint is None else constraint.mask())
-            if token in tokenizer.eog_ids:
-                reason = "stop"
+        timings.prompt_s = start - begin
+        while answer.finish_reason is None:
+            delta = answer.take(logits, time.perf_counter() - begin)
+            if delta is None:
                 break
-            sampler.accept(token)
-            if constraint is not None:
-                constraint.accept(token)
             timings.predicted_n += 1
             timings.predicted_s = time.perf_counter() - start
-            text = stops.feed(decoder.feed(token))
-            if stops.stopped:
-                reason = "stop"
-                yield Delta(text, [token])
-                break
-            yield Delta(text, [token])
-            if timings.predicted_n == max_tokens:
-                break
-            logits = steps.follow(token, max_tokens - timings.predicted_n - 1)
+            yield delta
+            if answer.finish_reason is None:
+                n_more = answer.max_tokens - timings.predicted_n - 1
+                logits = steps.follow(delta.tokens[0], n_more)
         timings.drafted_n, timings.accepted_n = steps.n_drafted, steps.n_accepted
-        rest = "" if stops.stopped else stops.feed(decoder.flush()) + stops.flush()
-        yield Delta(rest, [], finish_reason=reason, timings=timings)
+        yield answer.last_delta(timings, of_prompt)
     finally:
         steps.close()
 
 
-def collect(deltas: Iterator[Delta]) -> Completion:
+def answer_together(
+    engine: Engine, ids: list[int], answers: list[Answer], of_prompt: PromptLogprobs | None = None
+) -> list[Completion]:
+    """Answer a prompt several times at once; every step takes a token of each answer.
+
+    The prompt is evaluated once: sequences are forks that share its pages.  When the cache is full,
+    the last answer waits until another is done.
+    """
+    timings = Timings(prompt_n=len(ids))
+    deltas: dict[Answer, list[Delta]] = {answer: [] for answer in answers}
+    first = engine.new_sequence()
+    live = {answers[0]: first}
+    try:
+        begin = time.perf_counter()
+        logits = evaluate_prompt(engine, first, ids, of_prompt.visit if of_prompt else None)
+        timings.cached_n = first.n_reused
+        live |= {answer: engine.fork(first) for answer in answers[1:]}
+        start = time.perf_counter()
+        timings.prompt_s = start - begin
+
+        def take(answer: Answer, logits: np.ndarray) -> None:
+            delta = None
+            if answer.finish_reason is None:
+                delta = answer.take(logits, time.perf_counter() - begin)
+            if delta is not None:
+                deltas[answer].append(delta)
+            if answer.finish_reason is not None:
+                own = replace(timings, predicted_n=len(answer.tokens))
+                own.predicted_s = time.perf_counter() - start
+                deltas[answer].append(answer.last_delta(own, of_prompt))
+                engine.free(live.pop(answer))
+
+        for answer in answers:
+            take(answer, logits)
+        waiting = deque[Answer]()
+        n_most = len(answers)
+        while waiting or live:
+            while waiting and len(live) < n_most:
+                live[waiting.popleft()] = engine.new_sequence()
+            batch = [(s, [*ids, *a.tokens][len(s.tokens) :]) for a, s in live.items()]
+            try:
+                rows = engine.step(batch)
+            except ContextOverflowError:
+                if len(live) == 1:
+                    raise
+                answer, sequence = live.popitem()
+                engine.free(sequence)
+                waiting.appendleft(answer)
+                n_most = len(live)
+                continue
+            for answer, row in zip(list(live), rows, strict=True):
+                take(answer, row)
+    finally:
+        for sequence in live.values():
+            engine.free(sequence)
+    return [collect(deltas[answer]) for answer in answers]
+
+
+def collect(deltas: Iterable[Delta]) -> Completion:
     """Put the pieces of an answer together."""
-    text, tokens = "", []
+    text, tokens, logprobs = "", list[int](), list[TokenLogprob]()
     for delta in deltas:
         text += delta.text
         tokens += delta.tokens
+        logprobs += delta.logprobs or []
     assert delta.finish_reason is not None
     assert delta.timings is not None
-    return Completion(text, tokens, delta.finish_reason, delta.timings)
+    return Completion(
+        text, tokens, delta.finish_reason, delta.timings, logprobs or None, delta.prompt_logprobs
+    )

@@ -4,11 +4,12 @@
         print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
 
 Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer,
-the chat template, the sampler and the stop rules.
+the chat template, the sampler and the stop rules.  How an answer grows: `generation.py`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,20 @@ from typing import TYPE_CHECKING, Any, overload
 from edgellama import tasks
 from edgellama.catalog import resolve
 from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
-from edgellama.generation import Completion, Delta, collect, generate
+from edgellama.generation import (
+    Answer,
+    Completion,
+    Delta,
+    answer_together,
+    collect,
+    stream,
+)
 from edgellama.gguf import open_gguf
+from edgellama.logprobs import Logprobs, PromptLogprobs
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
-from edgellama.sampling import Sampler
+from edgellama.sampling.of_model import ModelSampling
+from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
 from edgellama.tasks import Classification, Labels, Score
@@ -30,8 +40,11 @@ from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
 
     from edgellama.chat import ChatTemplate
+    from edgellama.keywords import AnswerKeywords
+    from edgellama.sampling import LogitsProcessor
 
 
 class _TokenizerThread(threading.Thread):
@@ -126,6 +139,7 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
+        self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
         self._looks_up = draft == "lookup"
@@ -184,29 +198,152 @@ class LLM:
 
     # --- text -------------------------------------------------------------------------------------
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        parse_special: bool = False,
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
     ) -> Iterator[Delta]:
         """Continue a text (or token ids), yielding it piece by piece.
 
-        `max_tokens` None means until the model ends or the context is full.
+        Options, of `generate`, `chat` and `stream_chat` too:
+        `max_tokens`: None means until the model ends or the context is full.
+        `max_time_s`: no token begins later than this after the first piece was asked for.
+        `stop`: a text, or several; the answer ends before it.
+        `seed`: None is random.
+        `ignore_eos`: whether to go on where the model would end.
+        `logprobs`: log probabilities of the answer's tokens; `top_logprobs`: and of this many likeliest
+        ones; `prompt_logprobs`: of the prompt's tokens, at the end.  All are the model's own.
+        `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
+        to change in place or return anew.
+        `parse_special`: whether special tokens may be written out in the prompt.
+        Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
         Raises: ContextOverflowError when the prompt does not fit, UsageError.
         """
-        if max_tokens is not None and not (
-            isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
-        ):
-            raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number, 0 or more")
+        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
+
+        def new_steps() -> Steps:
+            return Steps(self._engine, answer.sampler, self._new_drafter())
+
+        return stream(new_steps, ids, answer, of_prompt)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]:
+        """Continue a text; options as in `stream`. With n > 1, return n completions.
+
+        They are made in the same steps, and the i-th has seed + i.  With `beam_width`, search for the
+        likeliest texts instead, by log probability / length ** `length_penalty`; the best comes first.
+        """
+        check_count("n", n, 1)
+        if beam_width is not None:
+            done = self._beams(prompt, beam_width, n, length_penalty, **options)
+        elif n == 1:
+            return collect(self.stream(prompt, **options))
+        else:
+            ids, answers, of_prompt = self._prepare(prompt, n, **options)
+            done = answer_together(self._engine, ids, answers, of_prompt)
+        return done[0] if n == 1 else done
+
+    def _beams(
+        self,
+        prompt: str | Sequence[int],
+        beam_width: int,
+        n: int,
+        length_penalty: float,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: bool = False,
+        parse_special: bool = False,
+        **others: Any,
+    ) -> list[Completion]:
+        from edgellama.beam import Beams
+
+        for name in others:
+            raise UsageError(
+                f"{name} has no effect on a beam search; leave it out (max_tokens, stop, logprobs "
+                "and parse_special have)"
+            )
+        check_count("beam_width", beam_width, n)
+        check_number("length_penalty", length_penalty)
+        check_flag("logprobs", logprobs)
+        ids = self._encode(prompt, parse_special)
+        beams = Beams(self._engine, self.tokenizer, beam_width, length_penalty, stop, logprobs)
+        return beams.search(ids, self._limit(ids, max_tokens))[:n]
+
+    def _prepare(
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        *,
+        max_tokens: int | None = None,
+        max_time_s: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        processors: Sequence[LogitsProcessor] = (),
+        parse_special: bool = False,
+        **sampling: Any,
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
+        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+        if not sampling.keys() <= {*OPTION_NAMES}:
+            from edgellama.keywords import AnswerKeywords
+
+            name = next(name for name in sampling if name not in OPTION_NAMES)
+            known = ", ".join(AnswerKeywords.__annotations__)
+            raise UsageError(f"there is no option {name!r}; options are {known}")
+        ids = self._encode(prompt, parse_special)
+        limit = self._limit(ids, max_tokens)
+        if max_time_s is not None:
+            check_number("max_time_s", max_time_s, 0)
+        check_count("top_logprobs", top_logprobs)
+        check_flag("logprobs", logprobs)
+        check_flag("prompt_logprobs", prompt_logprobs)
+        check_flag("ignore_eos", ignore_eos)
+        if not all(map(callable, processors)):
+            raise UsageError(f"processors is {processors!r}; a list of functions is needed")
+        lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
-        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
+        options = self._sampling.read(sampling, ignore_eos)
+        answers = [
+            Answer(
+                self.tokenizer,
+                self._sampling.sampler(
+                    options, ids, None if seed is None else seed + i, processors
+                ),
+                StopStrings(stop),
+                limit,
+                max_time_s=math.inf if max_time_s is None else max_time_s,
+                logprobs=lookup if logprobs or top_logprobs else None,
+            )
+            for i in range(n)
+        ]
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
+
+    def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
+        """Return the ids of a prompt, at least one and no more than the context holds."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, True, parse_special)
         else:
@@ -221,18 +358,15 @@ class LLM:
                 f"the prompt has {len(ids)} tokens but the context holds {self.n_ctx}; "
                 "shorten it or use a larger n_ctx (-c)"
             )
-        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
-        if max_tokens is not None:
-            limit = min(limit, max_tokens)
-        return self._answer(ids, sampler, StopStrings(stop), limit)
+        return ids
 
-    def _answer(
-        self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
-    ) -> Iterator[Delta]:
-        steps = Steps(
-            self._engine, sampler, self._new_drafter()
-        )  # once the first piece is asked for
-        yield from generate(ids, steps, sampler, self.tokenizer, stops, max_tokens)
+    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+        """How many tokens an answer may have."""
+        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        if max_tokens is None:
+            return limit
+        check_count("max_tokens", max_tokens)
+        return min(limit, max_tokens)
 
     def _new_drafter(self) -> Drafter | None:
         ends = self.tokenizer.eog_ids
@@ -240,19 +374,6 @@ class LLM:
             engine = self._draft._engine
             return DraftModel(engine, engine.n_macs / self._engine.n_macs, ends)
         return Lookup(ends) if self._looks_up else None
-
-    def generate(
-        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
-    ) -> Completion | list[Completion]:
-        """Continue a text; options as in `stream`. With n > 1, return n completions."""
-        if not isinstance(n, int) or n < 1:
-            raise UsageError(f"n is {n!r}; it must be a whole number, at least 1")
-        seed = options.pop("seed", None)
-        done = [
-            collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
-            for i in range(n)
-        ]
-        return done[0] if n == 1 else done
 
     # --- chat -------------------------------------------------------------------------------------
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
@@ -276,7 +397,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[AnswerKeywords],
     ) -> Iterator[Delta]:
         """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
         return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)

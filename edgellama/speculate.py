@@ -12,9 +12,8 @@ Prompt lookup decoding, 2023.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
 from typing import Protocol
@@ -23,10 +22,12 @@ import numpy as np
 
 from edgellama.errors import ContextOverflowError, UsageError
 from edgellama.runtime.engine import Engine
+from edgellama.runtime.kvcache import Sequence
 from edgellama.sampling import Sampler
 
 N_MOST = 15  # a step of 16 tokens takes 3.7 steps of one, of 32 tokens 6.5
 _COST = 0.25  # of one more token in a step, in steps of one token: 0.15 to 0.35 measured
+_N_VISITED = 64  # rows of logits at a time: 64 MB of V = 262144
 _N_GRAMS = {3: 0.7, 2: 0.5}  # with the share of right guesses to begin with
 
 
@@ -125,7 +126,7 @@ class Lookup:
 class DraftModel:
     """Guesses what a smaller model of the same vocabulary would say.
 
-    It draws with a copy of the answer's sampler, random stream and all: where the two models agree,
+    It draws with a fork of the answer's sampler, random stream and all: where the two models agree,
     so do the draws.
     """
 
@@ -147,7 +148,7 @@ class DraftModel:
             n += 1
         self._engine.truncate(self._sequence, n)
         self._n_known = len(text)
-        sampler = copy.deepcopy(sampler)
+        sampler = sampler.fork()
         new, draft = list(text[n:]), list[int]()
         while len(draft) < n_tokens:
             token = sampler.sample(self._engine.evaluate(self._sequence, new))
@@ -165,6 +166,25 @@ class DraftModel:
     def close(self) -> None:
         """Forget the text."""
         self._engine.free(self._sequence)
+
+
+def evaluate_prompt(
+    engine: Engine,
+    sequence: Sequence,
+    ids: SequenceOf[int],
+    visit: Callable[[int, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Evaluate a prompt and return the logits f32 (V,) after it.
+
+    `visit(first, rows)` sees those after every token: rows f32 (n, V), from token `first` on. Then
+    nothing is taken from the cache.
+    """
+    if visit is None:
+        return engine.evaluate(sequence, ids)
+    for first in range(0, len(ids), _N_VISITED):
+        rows = engine.evaluate_each(sequence, ids[first : first + _N_VISITED])
+        visit(first, rows)
+    return rows[-1]
 
 
 class Steps:
@@ -186,10 +206,12 @@ class Steps:
         self.n_drafted = 0
         self.n_accepted = 0
 
-    def begin(self, ids: SequenceOf[int]) -> np.ndarray:
-        """Return the logits f32 (V,) after a prompt."""
+    def begin(
+        self, ids: SequenceOf[int], visit: Callable[[int, np.ndarray], None] | None = None
+    ) -> np.ndarray:
+        """Return the logits f32 (V,) after a prompt; see `evaluate_prompt`."""
         self._text = list(ids)
-        logits = self._engine.evaluate(self._sequence, ids)
+        logits = evaluate_prompt(self._engine, self._sequence, ids, visit)
         self.n_cached = self._sequence.n_reused
         return logits
 

@@ -69,9 +69,23 @@ def dot16(bits):
     """
 
     def emit(builder, a, b, c, d, y):
-        return vectors.lowering.dot16(builder, (a, b, c, d), y, bits)
+        activations = vectors.lowering.columns4(builder, y)
+        return vectors.lowering.dot16(builder, (a, b, c, d), activations, bits)
 
     return operation(I32x8, emit)
+
+
+spread16 = operation(types.void, lambda b, to, a: vectors.lowering.spread16(b, to, a))
+"""Write the 16 bytes of activations at an address into 128, as `byte_tile_operations` reads them."""
+
+
+def centre16(centre):
+    """Return write(to, y, total): 32 bytes that take `centre` off the codes multiplied with those at `y`."""
+
+    def emit(builder, to, y, total):
+        vectors.lowering.centre16(builder, to, y, total, centre)
+
+    return operation(types.void, emit)
 
 
 # --- products of words ----------------------------------------------------------------------------

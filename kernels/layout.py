@@ -10,6 +10,8 @@ I8_NBYTES = 52
 I16_NBYTES = 68
 ACTIVATION_NBYTES = {"i8": I8_NBYTES, "i16": I16_NBYTES, "f32": 128}
 
+I8_SCRATCH_NBYTES = 5 << 17  # of a thread that multiplies them: see `project_i8.py`
+
 # --- the KV cache: see `kv.py` --------------------------------------------------------------------
 PAGE = 32  # positions
 SPAN = 256  # positions over which attention sums before it merges: part of what a result is

@@ -92,7 +92,11 @@ def test_images_refuse_what_they_cannot_resolve() -> None:
 
 # --- arithmetic -----------------------------------------------------------------------------------
 def project(
-    format_name: str, raw: np.ndarray, x: np.ndarray, residual: np.ndarray | None = None
+    format_name: str,
+    raw: np.ndarray,
+    x: np.ndarray,
+    residual: np.ndarray | None = None,
+    per_part: int = 1,
 ) -> np.ndarray:
     """x (T, n_cols) times the rows of `raw` (n_rows, row bytes), plus a residual, by the kernels."""
     format_ = FORMATS[format_name]
@@ -117,8 +121,9 @@ def project(
         table[1], pack[names[1]],
         {"out": out.ctypes.data, "out_stride": out.strides[0], "x": source.ctypes.data,
          "x_stride": source.strides[0], "w": packed.ctypes.data, "bias": 0, "n_blocks": n_blocks,
-         "n_strips": n_rows // STRIP, "per_part": 1, "residual": int(residual is not None)},
-        parts=n_rows // STRIP, tokens=1 << 30, wait=1,
+         "n_strips": n_rows // STRIP, "per_part": per_part,
+         "residual": int(residual is not None)},
+        parts=-(-n_rows // STRIP // per_part), tokens=1 << 30, wait=1,
     )  # fmt: skip
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
     step[layout.STEP_N_TOKENS // 8] = n_tokens
@@ -153,6 +158,18 @@ def test_largest_codes_times_largest_activations(format_name: str, sign: float) 
     assert (np.abs(out - exact) / scale).max() < 3e-6
     assert (out == out[0]).all()  # tiles and tails alike
     assert np.array_equal(project(format_name, raw, x[:1])[0], out[0])
+
+
+@pytest.mark.parametrize("format_name", ["q4_1", "q6_k"])
+def test_rounds_of_tokens_chunks_of_columns_and_many_strips(format_name: str) -> None:
+    """More tokens, columns and rows than byte kernels take at a time, and not a multiple of it."""
+    rng = np.random.default_rng(2)
+    n_cols = {"q4_1": 544, "q6_k": 768}[format_name]
+    raw = random_blocks(format_name, 11 * STRIP, n_cols, rng)
+    x = rng.standard_normal((523, n_cols)).astype(np.float32)
+    out = project(format_name, raw, x, per_part=10)
+    for t in (0, 5, 515, 516, 517, 522):
+        assert np.array_equal(project(format_name, raw, x[t : t + 1])[0], out[t]), t
 
 
 @pytest.mark.parametrize("format_name", ["f16", "q8_0", "q4_1"])

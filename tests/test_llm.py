@@ -7,6 +7,7 @@ model is at the end.
 from __future__ import annotations
 
 import codecs
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,13 @@ class FakeEngine:
 
     def evaluate_each(self, sequence: Any, ids: list[int]) -> np.ndarray:
         return np.array([self.evaluate(sequence, [i]) for i in ids])
+
+    def fork(self, sequence: Any) -> Any:
+        self.live.append(copy.deepcopy(sequence))
+        return self.live[-1]
+
+    def step(self, batch: Any) -> np.ndarray:
+        return np.array([self.evaluate(sequence, ids) for sequence, ids in batch])
 
     def truncate(self, sequence: Any, n_tokens: int) -> None:
         assert sequence.n_prompt <= n_tokens <= len(sequence.tokens)
@@ -250,7 +258,7 @@ def test_bad_n(open_llm, n: Any) -> None:
 
 
 def test_unknown_options_are_errors(open_llm) -> None:
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(UsageError, match="temprature"):
         open_llm()[0].generate("p", temprature=0)
 
 

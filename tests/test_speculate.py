@@ -16,7 +16,7 @@ from edgellama.errors import ModelFileError, UsageError
 from edgellama.generation import Completion
 from edgellama.llm import LLM
 from edgellama.runtime.kvcache import PAGE
-from edgellama.sampling import Sampler
+from edgellama.sampling import Sampler, SamplingOptions
 from edgellama.speculate import N_MOST, DraftModel, Lookup, Pace, Steps, check_same_vocabulary
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.8, "seed": 4}
@@ -306,7 +306,7 @@ def test_a_draft_model_keeps_its_place() -> None:
     engine.evaluate = evaluate
     engine.truncate = lambda sequence, n: sequence.tokens.__delitem__(slice(n, None))
     draft = DraftModel(engine, 0.1)
-    greedy = Sampler(temperature=0.0)
+    greedy = Sampler(SamplingOptions(temperature=0.0))
     text = [0, 1, 2]
     assert draft.propose(text, 3, greedy) == [3, 4, 5]
     text += [3, 4, 5, 6]  # all right, and one more

@@ -10,18 +10,17 @@ import click
 
 from edgellama.errors import UsageError
 
+from .options import GroupedCommand, sampling_options
 
-@click.command()
+
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", help="The prompt; read from stdin when left out.")
-@click.option("-n", "--max-tokens", type=click.IntRange(0), help="Most tokens of the answer.")
+@click.option(
+    "-n", "--max-tokens", "max_tokens", type=click.IntRange(0), help="Most tokens of the answer."
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it stands: no chat template.")
 @click.option("--system", help="A system message for the chat template.")
-@click.option("--temp", default=0.8, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-k", default=40, show_default=True, help="Keep the k most likely; 0 is off.")
-@click.option("--top-p", default=0.95, show_default=True, help="Keep this much probability.")
-@click.option("--min-p", default=0.05, show_default=True, help="Keep what is this near the best.")
-@click.option("--seed", type=click.IntRange(0), help="Seed; random when left out.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
 @click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; physical cores.")
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of the text.")
@@ -36,11 +35,11 @@ from edgellama.errors import UsageError
 @click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
+@sampling_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
-    temp: float, top_k: int, top_p: float, min_p: float, seed: int | None, stop: tuple[str, ...],
-    threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
-    override_pre: str | None, offline: bool, stats: bool,
+    stop: tuple[str, ...], threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
+    override_pre: str | None, offline: bool, stats: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -59,10 +58,7 @@ def command(
         model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
         override_pre=override_pre, draft=draft,
     ) as llm:  # fmt: skip
-        options: dict[str, Any] = {
-            "max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p,
-            "min_p": min_p, "seed": seed, "stop": stop,
-        }  # fmt: skip
+        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **sampling}
         if raw or llm.template is None:
             if system is not None:
                 raise UsageError("--system needs a chat template; leave out --raw")

@@ -104,7 +104,8 @@ class Program(NamedTuple):
         for record in self.records:
             a = record.arguments
             if record.operation.startswith("matmul.project"):
-                most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
+                panel = 512 + int(a["n_blocks"]) * 2048  # type: ignore[arg-type]
+                most = max(most, layout.I8_SCRATCH_NBYTES, panel)
             if record.operation.startswith("attention.attend"):
                 row = 4 * padded(int(a["head_size"]))  # type: ignore[arg-type]
                 states = 8 * layout.SPLIT_TOKENS * int(a["n_group"])  # type: ignore[arg-type]

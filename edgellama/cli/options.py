@@ -1,0 +1,123 @@
+"""The options of sampling, with llama.cpp's names, and help in groups.
+
+`@sampling_options` above a command adds them; they arrive by the names of `AnswerKeywords`, None where
+the user said nothing: then the model file decides, or the default in brackets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from edgellama.errors import UsageError
+from edgellama.sampling.options import SAMPLERS
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_SAMPLING, _REPETITION = "Sampling", "Repetition"
+# Flag, name, type, group, help.
+_OPTIONS: tuple[tuple[str, str, Any, str, str], ...] = (
+    ("--temp", "temperature", float, _SAMPLING, "Temperature; 0 is greedy [0.8]."),
+    ("--top-k", "top_k", int, _SAMPLING, "Keep the k most likely; 0 is off [40]."),
+    ("--top-p", "top_p", float, _SAMPLING, "Keep this much probability; 1 is off [0.95]."),
+    ("--min-p", "min_p", float, _SAMPLING, "Keep what is this near the best; 0 is off [0.05]."),
+    ("--typical", "typical_p", float, _SAMPLING, "Keep what is as surprising as expected [1: off]."),
+    ("--top-nsigma", "top_n_sigma", float, _SAMPLING, "Keep logits this near the best [-1: off]."),
+    ("--min-keep", "min_keep", int, _SAMPLING, "Least that top-p, min-p, typical, XTC leave [0]."),
+    ("--xtc-probability", "xtc_probability", float, _SAMPLING, "How often XTC acts [0: off]."),
+    ("--xtc-threshold", "xtc_threshold", float, _SAMPLING, "XTC drops all likelier, but one [0.1]."),
+    ("--mirostat", "mirostat", int, _SAMPLING, "Mirostat 1 or 2 in place of those [0: off]."),
+    ("--mirostat-ent", "mirostat_tau", float, _SAMPLING, "Mirostat's target in bits [5]."),
+    ("--mirostat-lr", "mirostat_eta", float, _SAMPLING, "Mirostat's learning rate [0.1]."),
+    ("--dynatemp-range", "dynatemp_range", float, _SAMPLING, "Temperature +- this [0: off]."),
+    ("--dynatemp-exp", "dynatemp_exponent", float, _SAMPLING, "Exponent of the entropy there [1]."),
+    ("--samplers", "samplers", str, _SAMPLING, f"Their order [{';'.join(SAMPLERS)}]."),
+    ("--repeat-last-n", "repeat_last_n", int, _REPETITION, "Tokens looked back; -1 is all [64]."),
+    ("--repeat-penalty", "repeat_penalty", float, _REPETITION, "Divides logits of what was said [1: off]."),
+    ("--presence-penalty", "presence_penalty", float, _REPETITION, "Taken off what was said [0]."),
+    ("--frequency-penalty", "frequency_penalty", float, _REPETITION, "Taken off, each time it was said [0]."),
+    ("--dry-multiplier", "dry_multiplier", float, _REPETITION, "DRY's strength [0: off]."),
+    ("--dry-base", "dry_base", float, _REPETITION, "Times this for each token more [1.75]."),
+    ("--dry-allowed-length", "dry_allowed_length", int, _REPETITION, "Repetition that is free [2]."),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", int, _REPETITION, "Tokens looked back [64]."),
+)  # fmt: skip
+
+
+class _Option(click.Option):
+    """An option that knows under which heading it is shown."""
+
+    def __init__(self, *names: Any, group: str, **rest: Any) -> None:
+        super().__init__(*names, **rest)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows the options of a group under its name."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def sampling_options(command: _Command) -> _Command:
+    """Add the options of sampling to a command."""
+    last = [
+        click.option(
+            "--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, metavar="TEXT",
+            cls=_Option, group=_REPETITION, callback=_read_breakers,
+            help="DRY starts anew after it; may be repeated; none for none.",
+        ),
+        click.option(
+            "--logit-bias", multiple=True, metavar="TOKEN+BIAS", cls=_Option, group=_SAMPLING,
+            callback=_read_bias, help="Such as 15-1.5 or ' no-inf'; may be repeated.",
+        ),
+        click.option(
+            "--max-time", "max_time_s", type=float, metavar="SECONDS", cls=_Option,
+            group=_SAMPLING, help="End the answer after this time.",
+        ),
+        click.option(
+            "--ignore-eos", is_flag=True, cls=_Option, group=_SAMPLING,
+            help="Go on where the model would end.",
+        ),
+        click.option(
+            "--seed", type=int, metavar="N", cls=_Option, group=_SAMPLING,
+            help="Random when left out.",
+        ),
+    ]  # fmt: skip
+    for option in last:
+        command = option(command)
+    for flag, name, kind, group, text in reversed(_OPTIONS):
+        metavar = {int: "N", float: "F", str: "NAMES"}[kind]
+        option = click.option(
+            flag, name, type=kind, metavar=metavar, cls=_Option, group=group, help=text
+        )
+        command = option(command)
+    return command
+
+
+def _read_breakers(
+    ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    return tuple(text for text in value if text != "none") if value else None
+
+
+def _read_bias(
+    ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> dict[int | str, float] | None:
+    out: dict[int | str, float] = {}
+    for text in value:
+        found = re.fullmatch(r"(.+?)([+-](?:inf|\d+\.?\d*|\.\d+))", text, re.DOTALL)
+        if found is None:
+            raise UsageError(f"--logit-bias {text!r} is not like 15043+1 or 15043-inf")
+        token, bias = found.groups()
+        out[int(token) if token.isdecimal() else token] = float(bias)
+    return out or None
