@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,9 @@ class Tokens:
             raise GrammarError(
                 "the vocabulary has no end-of-generation token; a grammar could not end an answer"
             )
-        return LLTokenizer(_Vocabulary(self._tokenizer, ends[0]), eos_token=ends, slices=_SLICES)
+        # A class of its own is accepted, whatever the annotation says.
+        vocabulary: Any = _Vocabulary(self._tokenizer, ends[0])
+        return LLTokenizer(vocabulary, eos_token=ends, slices=_SLICES)
 
 
 class _Vocabulary:
