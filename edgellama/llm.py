@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from edgellama import tasks
 from edgellama.catalog import resolve
@@ -23,6 +23,8 @@ from edgellama.generation import (
     Answer,
     Completion,
     Delta,
+    Request,
+    answer_all,
     answer_together,
     collect,
     stream,
@@ -35,7 +37,7 @@ from edgellama.sampling.of_model import ModelSampling
 from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
-from edgellama.tasks import Classification, Labels, Score
+from edgellama.tasks import Classification, Labels, Prompt, Score
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -466,6 +468,30 @@ class LLM:
         prompt = self._chat.prompt(messages, **own)
         return prompt, {**rest, "shown": prompt.shown}
 
+    # --- many -------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        **options: Unpack[ChatKeywords],
+    ) -> Request:
+        """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
+        if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
+            ids, [answer], of_prompt = self._prepare(cast(Any, prompt), 1, **cast(Any, options))
+            return Request(ids, answer, of_prompt)
+        chat, rest = self._chat_prompt(cast(Any, prompt), options)
+        ids, [answer], of_prompt = self._prepare(chat.ids, 1, **rest)
+        return Request(ids, answer, of_prompt, chat.read)
+
+    def answer_all(
+        self, requests: Iterable[Request], *, n_parallel: int = 8
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer requests, up to `n_parallel` at a time, each as if it were alone.
+
+        Yields (index, answer) in the order in which answers are done.
+        """
+        check_count("n_parallel", n_parallel, 1)
+        return answer_all(self._engine, enumerate(requests), n_parallel)
+
     # --- tasks ------------------------------------------------------------------------------------
     @overload
     def score(self, prompt: str, continuation: str) -> Score: ...
@@ -490,11 +516,16 @@ class LLM:
 
     def answer(self, question: str, context: str, **options: Any) -> Completion:
         """Answer a question from a context; options as in `stream`, greedy unless they say otherwise."""
-        return tasks.answer(self, question, context, **options)
+        return self._complete(tasks.question_prompt(self, question, context), options)
 
     def translate(self, text: str, to: str, **options: Any) -> Completion:
         """Translate a text into the language `to`; options as in `answer`."""
-        return tasks.translate(self, text, to, **options)
+        return self._complete(tasks.translation_prompt(self, text, to), options)
+
+    def _complete(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        request = self.request(prompt.prompt, **cast(Any, {**prompt.options, **options}))
+        [(_, done)] = self.answer_all([request])
+        return done
 
     def embed(
         self, texts: str | list[str], pooling: str = "mean", normalize: bool = True

@@ -31,6 +31,7 @@ _COMMANDS = {
     "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
     "convert": ("convert.convert", "Make a GGUF file of a checkpoint."),
     "quantize": ("convert.quantize", "Write a GGUF file in other block formats."),
+    "batch": ("batch.command", "Do the tasks of a file of JSON lines."),
     "imatrix": ("imatrix.command", "Measure which columns of the weights matter."),
     "gguf": ("gguf.command", "Split, merge, edit, print and compare GGUF files."),
     "bench": ("bench.command", "Measure how fast a model runs, and how near the ceiling."),
