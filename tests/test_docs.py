@@ -38,12 +38,13 @@ def test_examples(capsys, tmp_path, monkeypatch):
             assert stdout == expected, line
 
 
-@pytest.mark.parametrize("name", ["sampling.md", "constrained.md"])
+@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md"])
 def test_examples_on_a_model(name, capsys, tmp_path, monkeypatch):
     """Blocks of `python` run one after the other, and lines of `console`; there is a model.gguf."""
     monkeypatch.chdir(tmp_path)
     make_model(Path("model.gguf"))
     text = (DOCS / name).read_text("utf-8")
+    Path("in.jsonl").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)), "utf-8")
     names = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, name, "exec"), names)

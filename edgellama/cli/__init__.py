@@ -24,6 +24,7 @@ from edgellama.errors import EdgeLlamaError
 # Where each command lies (module.name) and its short help, so that --help imports none of them.
 _COMMANDS = {
     "run": ("run.command", "Answer a prompt, or continue a text."),
+    "chat": ("chat.command", "Chat in a terminal."),
     "pull": ("pull.command", "Fetch a model into the cache."),
     "list": ("list_.command", "Show the models in the cache and in the catalogue."),
     "rm": ("rm.command", "Delete a model from the cache."),

@@ -9,7 +9,7 @@ import click
 
 from edgellama.errors import EdgeLlamaError
 
-from .options import GroupedCommand, grammar_options, sampling_options
+from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
 
 _PATH = click.Path(path_type=Path)
 
@@ -27,16 +27,13 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--parallel", default=8, show_default=True, type=click.IntRange(1), help="Answers at a time."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; default: measured.")
-@click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of a text.")
-@click.option("--offline", is_flag=True, help="Never touch the network.")
+@model_options
 @click.option("--force", is_flag=True, help="Overwrite OUT.jsonl.")
 @sampling_options
 @grammar_options
 def command(
     source: Path, out: Path, model: str | None, task: str | None, max_tokens: int | None,
-    parallel: int, threads: int | None, ctx: int | None, offline: bool, force: bool,
-    **sampling: Any,
+    parallel: int, force: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Do the task in every line of IN.jsonl, and write the results to OUT.jsonl in the same order.
 
@@ -45,11 +42,10 @@ def command(
     it was when it is started again.
     """
     from edgellama.batch import run_batch
-    from edgellama.llm import LLM
 
-    given = {"max_tokens": max_tokens, **sampling}
-    defaults = {name: value for name, value in given.items() if value is not None}
-    with LLM(model, n_ctx=ctx, n_threads=threads, offline=offline) as llm:
+    with open_model(model, given) as llm:
+        defaults = {"max_tokens": max_tokens, **given}
+        defaults = {name: value for name, value in defaults.items() if value is not None}
         n_lines, n_failed = run_batch(
             llm, source, out, task=task, defaults=defaults, n_parallel=parallel, force=force,
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The options of sampling, with llama.cpp's names, and help in groups.
+"""Options that commands share, with llama.cpp's names, and help in groups.
 
-`@sampling_options` above a command adds them; they arrive by the names of `AnswerKeywords`, None where
-the user said nothing: then the model file decides, or the default in brackets.
+`@model_options` above a command adds those of a model, which `open_model` takes out again, and
+`@sampling_options` those of the sampler; these arrive by the names of `AnswerKeywords`, None where the
+user said nothing: then the model file decides, or the default in brackets.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from edgellama.errors import UsageError
 from edgellama.sampling.options import SAMPLERS
+
+if TYPE_CHECKING:
+    from edgellama.llm import LLM
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -68,6 +72,43 @@ class GroupedCommand(click.Command):
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "-t", "--threads", "n_threads", type=click.IntRange(1, 256), help="Threads; physical cores."
+    ),
+    click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), help="Context: most tokens of the text."),
+    click.option(
+        "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
+        help="Type of cached keys and values.",
+    ),
+    click.option(
+        "--draft", metavar="lookup|MODEL",
+        help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
+    ),
+    click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's."),
+    click.option("--chat-template", metavar="FILE|NAME", help="In place of the file's own."),
+    click.option("--offline", is_flag=True, help="Never touch the network."),
+)  # fmt: skip
+
+
+def model_options(command: _Command) -> _Command:
+    """Add the options of a model to a command."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def open_model(model: str | None, options: dict[str, Any]) -> LLM:
+    """Open a model with its options, which are taken out of `options`."""
+    from edgellama.llm import LLM
+
+    names = ("n_threads", "n_ctx", "kv_type", "draft", "override_pre", "chat_template", "offline")
+    own = {name: options.pop(name) for name in names}
+    if own["chat_template"] is not None and Path(own["chat_template"]).is_file():
+        own["chat_template"] = Path(own["chat_template"])
+    return LLM(model, **own)
 
 
 def sampling_options(command: _Command) -> _Command:
