@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,13 +34,17 @@ from .options import GroupedCommand, sampling_options
     help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
 )  # fmt: skip
 @click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
+@click.option(
+    "--session", type=click.Path(path_type=Path), metavar="FILE",
+    help="Evaluated text: loaded if the file exists, saved after the answer.",
+)  # fmt: skip
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 @sampling_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
     stop: tuple[str, ...], threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
-    override_pre: str | None, offline: bool, stats: bool, **sampling: Any,
+    override_pre: str | None, session: Path | None, offline: bool, stats: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -58,6 +63,8 @@ def command(
         model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
         override_pre=override_pre, draft=draft,
     ) as llm:  # fmt: skip
+        if session is not None and session.exists():
+            llm.load_session(session)
         options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **sampling}
         if raw or llm.template is None:
             if system is not None:
@@ -73,6 +80,8 @@ def command(
             first = first or time.perf_counter()
         out.write(b"\n")
         out.flush()
+        if session is not None:
+            llm.save_session(session)
         if stats and delta.timings is not None and first is not None:
             t = delta.timings
             guesses = ""
@@ -83,7 +92,7 @@ def command(
                     f"{t.predicted_n / (t.predicted_n - t.accepted_n):.2f} tokens a step"
                 )
             click.echo(
-                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens "
+                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens, {t.cached_n} cached "
                 f"({t.prompt_n / max(t.prompt_s, 1e-9):.0f}/s) | answer {t.predicted_n} tokens "
                 f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)"
                 f"{guesses}",
