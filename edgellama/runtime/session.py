@@ -40,8 +40,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Source:
-        """Note a file as it is now."""
-        status = path.stat()
+        """Note a file as it is now; its size is -1 where there is none, as of a synthetic model."""
+        try:
+            status = path.stat()
+        except OSError:
+            return cls(path, -1, 0)
         return cls(path, status.st_size, status.st_mtime_ns)
 
 
@@ -60,13 +63,13 @@ def identify(source: Source, kv_type: str, n_vocab: int, n_ctx: int, *others: ob
 
     `others` is what else decides what pages say.  Raises: SessionError when the file is another one now.
     """
-    try:
-        if Source.of(source.path) != source:
-            raise SessionError(
-                f"{source.path} has changed since the model was opened; open it again"
-            )
-    except OSError as error:
-        raise SessionError(f"{source.path}, the model, is gone: {error.strerror}") from None
+    now = Source.of(source.path)
+    if now.size < 0:
+        raise SessionError(
+            f"{source.path}, the model, is no file; a session needs one to be known by"
+        )
+    if now != source:
+        raise SessionError(f"{source.path} has changed since the model was opened; open it again")
     model = hashlib.blake2b(digest_size=16)
     with open_gguf(source.path) as gguf:
         for key, value in gguf.metadata.items():
