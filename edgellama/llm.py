@@ -4,34 +4,54 @@
         print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
 
 Token ids and steps are the engine's (`runtime/engine.py`); this file joins it with the tokenizer,
-the chat template, the sampler and the stop rules.
+the chat template, the sampler and the stop rules.  How an answer grows: `generation.py`.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from edgellama import tasks
 from edgellama.catalog import resolve
-from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
-from edgellama.generation import Completion, Delta, collect, generate
+from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
+from edgellama.generation import (
+    Answer,
+    Completion,
+    Delta,
+    Request,
+    answer_all,
+    answer_together,
+    collect,
+    stream,
+)
 from edgellama.gguf import open_gguf
+from edgellama.logprobs import Logprobs, PromptLogprobs
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
-from edgellama.sampling import Sampler
+from edgellama.sampling.of_model import ModelSampling
+from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
-from edgellama.tasks import Classification, Labels, Score
+from edgellama.tasks import Classification, Labels, Prompt, Score
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
 
-    from edgellama.chat import ChatTemplate
+    from edgellama.chat import Chat, ChatPrompt, ChatTemplate
+    from edgellama.grammar import Tokens
+    from edgellama.keywords import AnswerKeywords, ChatKeywords, PromptKeywords
+    from edgellama.sampling import LogitsProcessor
+
+_TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 class _TokenizerThread(threading.Thread):
@@ -73,6 +93,7 @@ class LLM:
     where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
+    `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -89,7 +110,9 @@ class LLM:
         offline: bool = False,
         override_pre: str | None = None,
         draft: str | os.PathLike[str] | LLM | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
+        self._chat_template = chat_template
         path = resolve(None if model is None else os.fspath(model), offline=offline)
         with open_gguf(path) as gguf:
             self.config = read_config(gguf)
@@ -104,7 +127,7 @@ class LLM:
                     self.config.name, trained, self.n_ctx,
                 )  # fmt: skip
             tokenizer = _TokenizerThread(gguf.metadata, override_pre)
-            self._engine = Engine(
+            self._opened: Engine | None = Engine(
                 gguf,
                 self.config,
                 n_ctx=self.n_ctx,
@@ -126,6 +149,9 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
+        self._is_fork = False
+        self._last_text: list[int] = []
+        self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
         self._looks_up = draft == "lookup"
@@ -143,17 +169,30 @@ class LLM:
                 self.close()
                 raise
 
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            raise UsageError("the fork is closed; make another one with fork()")
+        return self._opened
+
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template of the file, if it has one."""
-        source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
-            return None
-        from edgellama.chat import ChatTemplate
+        """The chat template: the one given, or the file's, if it has one."""
+        if self._chat_template is None and _TEMPLATE_KEY not in self.metadata:
+            return None  # without an import
+        return self._chat.template()
 
-        ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
-        return ChatTemplate(source, bos, eos)
+    @cached_property
+    def _chat(self) -> Chat:
+        from edgellama.chat import Chat
+
+        return Chat(self.config.name, self.tokenizer, self.metadata, self._chat_template)
+
+    @cached_property
+    def _grammar_tokens(self) -> Tokens:
+        from edgellama.grammar import Tokens
+
+        return Tokens(self.tokenizer)
 
     def __enter__(self) -> LLM:
         return self
@@ -162,10 +201,48 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free all memory and threads."""
+        """Free all memory and threads, those of forks too; of a fork, only itself."""
+        if self._is_fork:
+            self._opened = None
+            return
         if self._draft is not None and self._owns_draft:
             self._draft.close()
         self._engine.close()
+
+    # --- caches -----------------------------------------------------------------------------------
+    def fork(self, seed: int | None = None) -> LLM:
+        """Return a second LLM over the same open model, which costs next to nothing.
+
+        It shares weights, threads and the cache, so what one has evaluated the other need not; it has a
+        seed and a last text of its own (at first, the last text of this one).  `close` closes the fork
+        alone; when this one is closed, so are its forks.
+        """
+        self._engine  # noqa: B018  (raises for a closed fork)
+        fork = copy.copy(self)
+        fork._is_fork = True
+        fork._seed, fork._n_calls = seed, 0
+        fork._last_text = self._last_text.copy()
+        return fork
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the last text (prompt and answer) with its keys and values to a file.
+
+        A file of this name is replaced once the new one is whole.
+        Raises: UsageError when there is no text yet, SessionError when the file cannot be written.
+        """
+        if not self._last_text:
+            raise UsageError("there is no text to save yet; call generate or chat first")
+        self._engine.save_session(Path(path), self._last_text.copy())
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Take keys and values of a text from a file; return the text's token ids.
+
+        A call whose prompt begins with these tokens does not evaluate them again.
+        Raises: SessionError when the file is damaged or does not belong to this model, kv_type and
+        n_ctx; then nothing has changed.
+        """
+        self._last_text = self._engine.load_session(Path(path))
+        return self._last_text.copy()
 
     # --- tokens -----------------------------------------------------------------------------------
     def tokenize(
@@ -184,29 +261,171 @@ class LLM:
 
     # --- text -------------------------------------------------------------------------------------
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        parse_special: bool = False,
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
     ) -> Iterator[Delta]:
         """Continue a text (or token ids), yielding it piece by piece.
 
-        `max_tokens` None means until the model ends or the context is full.
-        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        Options, of `generate`, `chat` and `stream_chat` too:
+        `max_tokens`: None means until the model ends or the context is full.
+        `max_time_s`: no token begins later than this after the first piece was asked for.
+        `stop`: a text, or several; the answer ends before it.
+        `seed`: None is random.
+        `ignore_eos`: whether to go on where the model would end.
+        `logprobs`: log probabilities of the answer's tokens; `top_logprobs`: and of this many likeliest
+        ones; `prompt_logprobs`: of the prompt's tokens, at the end.  All are the model's own.
+        `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
+        to change in place or return anew.
+        `parse_special`: whether special tokens may be written out in the prompt.
+        `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
+        `choices`: what the answer has to look like (docs/constrained.md).
+        Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
+        Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
-        if max_tokens is not None and not (
-            isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
-        ):
-            raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number, 0 or more")
+        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
+
+        def new_steps() -> Steps:
+            steps = Steps(self._engine, answer.sampler, self._new_drafter())
+            self._last_text = steps.text  # which grows with the answer
+            return steps
+
+        return stream(new_steps, ids, answer, of_prompt)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[AnswerKeywords]
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        **options: Unpack[AnswerKeywords],
+    ) -> Completion | list[Completion]:
+        """Continue a text; options as in `stream`. With n > 1, return n completions.
+
+        They are made in the same steps, and the i-th has seed + i.  With `beam_width`, search for the
+        likeliest texts instead, by log probability / length ** `length_penalty`; the best comes first.
+        """
+        check_count("n", n, 1)
+        if beam_width is not None:
+            done = self._beams(prompt, beam_width, n, length_penalty, **options)
+        elif n == 1:
+            return collect(self.stream(prompt, **options))
+        else:
+            ids, answers, of_prompt = self._prepare(prompt, n, **options)
+            done = answer_together(self._engine, ids, answers, of_prompt)
+        return done[0] if n == 1 else done
+
+    def _beams(
+        self,
+        prompt: str | Sequence[int],
+        beam_width: int,
+        n: int,
+        length_penalty: float,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: bool = False,
+        parse_special: bool = False,
+        **others: Any,
+    ) -> list[Completion]:
+        from edgellama.beam import Beams
+
+        for name in others:
+            raise UsageError(
+                f"{name} has no effect on a beam search; leave it out (max_tokens, stop, logprobs "
+                "and parse_special have)"
+            )
+        check_count("beam_width", beam_width, n)
+        check_number("length_penalty", length_penalty)
+        check_flag("logprobs", logprobs)
+        ids = self._encode(prompt, parse_special)
+        beams = Beams(self._engine, self.tokenizer, beam_width, length_penalty, stop, logprobs)
+        return beams.search(ids, self._limit(ids, max_tokens))[:n]
+
+    def _prepare(
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        *,
+        max_tokens: int | None = None,
+        max_time_s: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        processors: Sequence[LogitsProcessor] = (),
+        parse_special: bool = False,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | str | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        shown: frozenset[int] = frozenset(),
+        **sampling: Any,
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
+        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+        if not sampling.keys() <= {*OPTION_NAMES}:
+            from edgellama.keywords import AnswerKeywords
+
+            name = next(name for name in sampling if name not in OPTION_NAMES)
+            known = ", ".join(AnswerKeywords.__annotations__)
+            raise UsageError(f"there is no option {name!r}; options are {known}")
+        ids = self._encode(prompt, parse_special)
+        limit = self._limit(ids, max_tokens)
+        if max_time_s is not None:
+            check_number("max_time_s", max_time_s, 0)
+        check_count("top_logprobs", top_logprobs)
+        check_flag("logprobs", logprobs)
+        check_flag("prompt_logprobs", prompt_logprobs)
+        check_flag("ignore_eos", ignore_eos)
+        if not all(map(callable, processors)):
+            raise UsageError(f"processors is {processors!r}; a list of functions is needed")
+        rules = None
+        if any(x is not None for x in (response_format, json_schema, grammar, regex, choices)):
+            from edgellama.grammar import read_grammar
+
+            rules = read_grammar(response_format, json_schema, grammar, regex, choices)
+        if rules is not None and ignore_eos:
+            raise UsageError("ignore_eos has no sense with a grammar, which says where answers end")
+        lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
-        sampler = Sampler(temperature, top_k, top_p, min_p, seed)
+        options = self._sampling.read(sampling, ignore_eos)
+        answers = [
+            Answer(
+                self.tokenizer,
+                self._sampling.sampler(
+                    options, ids, None if seed is None else seed + i, processors
+                ),
+                StopStrings(stop),
+                limit,
+                max_time_s=math.inf if max_time_s is None else max_time_s,
+                logprobs=lookup if logprobs or top_logprobs else None,
+                constraint=None if rules is None else self._grammar_tokens.constrain(rules),
+                shown=shown,
+            )
+            for i in range(n)
+        ]
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
+
+    def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
+        """Return the ids of a prompt, at least one and no more than the context holds."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, True, parse_special)
         else:
@@ -221,18 +440,15 @@ class LLM:
                 f"the prompt has {len(ids)} tokens but the context holds {self.n_ctx}; "
                 "shorten it or use a larger n_ctx (-c)"
             )
-        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
-        if max_tokens is not None:
-            limit = min(limit, max_tokens)
-        return self._answer(ids, sampler, StopStrings(stop), limit)
+        return ids
 
-    def _answer(
-        self, ids: list[int], sampler: Sampler, stops: StopStrings, max_tokens: int
-    ) -> Iterator[Delta]:
-        steps = Steps(
-            self._engine, sampler, self._new_drafter()
-        )  # once the first piece is asked for
-        yield from generate(ids, steps, sampler, self.tokenizer, stops, max_tokens)
+    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+        """How many tokens an answer may have."""
+        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        if max_tokens is None:
+            return limit
+        check_count("max_tokens", max_tokens)
+        return min(limit, max_tokens)
 
     def _new_drafter(self) -> Drafter | None:
         ends = self.tokenizer.eog_ids
@@ -241,49 +457,90 @@ class LLM:
             return DraftModel(engine, engine.n_macs / self._engine.n_macs, ends)
         return Lookup(ends) if self._looks_up else None
 
-    def generate(
-        self, prompt: str | Sequence[int], *, n: int = 1, **options: Any
-    ) -> Completion | list[Completion]:
-        """Continue a text; options as in `stream`. With n > 1, return n completions."""
-        if not isinstance(n, int) or n < 1:
-            raise UsageError(f"n is {n!r}; it must be a whole number, at least 1")
-        seed = options.pop("seed", None)
-        done = [
-            collect(self.stream(prompt, seed=None if seed is None else seed + i, **options))
-            for i in range(n)
-        ]
-        return done[0] if n == 1 else done
-
     # --- chat -------------------------------------------------------------------------------------
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[PromptKeywords]
+    ) -> list[int]:
         """Return the token ids of a chat as the model's template writes it.
 
-        Raises: TemplateError when the file has no template or it fails.
+        Options, of `chat` and `stream_chat` too:
+        `tools`, `tool_choice`: in OpenAI's form; `tool_format`: "hermes", "llama3" or "mistral", how
+        the answer writes calls, where the template's own marks do not tell.
+        `documents`: for templates that take them; `chat_template_kwargs`: other variables for it.
+        `chat_template`: as for `LLM`, for this chat alone.
+        `add_generation_prompt`: whether the assistant's turn is opened.
+        `continue_final_message`: whether the answer goes on with the last message, the assistant's.
+        `reasoning_format`: "split" takes reasoning out of the text of an answer, "text" leaves it.
+        Raises: TemplateError when the file has no template or it fails; UsageError.
         """
-        if self.template is None:
-            raise TemplateError(
-                f"{self.config.name} has no chat template; continue plain text instead (--raw)"
-            )
-        text = self.template.render(messages, **variables)
-        ids = self.tokenizer.encode(text, False, True)
-        bos = self.tokenizer.bos_id
-        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        return ids
+        return self._chat.prompt(messages, **options).ids
 
     def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
     ) -> Iterator[Delta]:
-        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
-        return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
+        """Answer a chat, yielding the answer piece by piece; options as in `stream` and `render_chat`."""
+        prompt, rest = self._chat_prompt(messages, options)
+        return prompt.read(self.stream(prompt.ids, **rest))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
-        return collect(self.stream_chat(messages, **options))
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]: ...
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]:
+        """Answer a chat of {"role": ..., "content": ...} messages.
+
+        Options as in `stream` and `render_chat`, `n` as in `generate`.  The answer's `.message` is to
+        be added to the messages.
+        """
+        prompt, rest = self._chat_prompt(messages, options)
+        if n == 1:
+            return collect(prompt.read(self.stream(prompt.ids, **rest)))
+        done = self.generate(prompt.ids, n=n, **rest)
+        assert isinstance(done, list)
+        return [collect(prompt.read([_as_delta(one)])) for one in done]
+
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> tuple[ChatPrompt, dict[str, Any]]:
+        """Return the prompt of a chat, and the options that are not of chats."""
+        from edgellama.chat import CHAT_OPTIONS
+
+        own = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
+        rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+        prompt = self._chat.prompt(messages, **own)
+        return prompt, {**rest, "shown": prompt.shown}
+
+    # --- many -------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        **options: Unpack[ChatKeywords],
+    ) -> Request:
+        """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
+        if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
+            ids, [answer], of_prompt = self._prepare(cast(Any, prompt), 1, **cast(Any, options))
+            return Request(ids, answer, of_prompt)
+        chat, rest = self._chat_prompt(cast(Any, prompt), options)
+        ids, [answer], of_prompt = self._prepare(chat.ids, 1, **rest)
+        return Request(ids, answer, of_prompt, chat.read)
+
+    def answer_all(
+        self, requests: Iterable[Request], *, n_parallel: int = 8
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer requests, up to `n_parallel` at a time, each as if it were alone.
+
+        Yields (index, answer) in the order in which answers are done.
+        """
+        check_count("n_parallel", n_parallel, 1)
+        return answer_all(self._engine, enumerate(requests), n_parallel)
 
     # --- tasks ------------------------------------------------------------------------------------
     @overload
@@ -309,11 +566,16 @@ class LLM:
 
     def answer(self, question: str, context: str, **options: Any) -> Completion:
         """Answer a question from a context; options as in `stream`, greedy unless they say otherwise."""
-        return tasks.answer(self, question, context, **options)
+        return self._complete(tasks.question_prompt(self, question, context), options)
 
     def translate(self, text: str, to: str, **options: Any) -> Completion:
         """Translate a text into the language `to`; options as in `answer`."""
-        return tasks.translate(self, text, to, **options)
+        return self._complete(tasks.translation_prompt(self, text, to), options)
+
+    def _complete(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        request = self.request(prompt.prompt, **cast(Any, {**prompt.options, **options}))
+        [(_, done)] = self.answer_all([request])
+        return done
 
     def embed(
         self, texts: str | list[str], pooling: str = "mean", normalize: bool = True
@@ -333,3 +595,15 @@ class LLM:
             return None
         self._n_calls += 1
         return self._seed + self._n_calls - 1
+
+
+def _as_delta(done: Completion) -> Delta:
+    """A whole answer as its only piece."""
+    return Delta(
+        done.text,
+        done.tokens,
+        done.logprobs,
+        done.finish_reason,
+        done.timings,
+        done.prompt_logprobs,
+    )

@@ -12,9 +12,8 @@ Prompt lookup decoding, 2023.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
 from typing import Protocol
@@ -23,10 +22,12 @@ import numpy as np
 
 from edgellama.errors import ContextOverflowError, UsageError
 from edgellama.runtime.engine import Engine
+from edgellama.runtime.kvcache import Sequence
 from edgellama.sampling import Sampler
 
 N_MOST = 15  # a step of 16 tokens takes 3.7 steps of one, of 32 tokens 6.5
 _COST = 0.25  # of one more token in a step, in steps of one token: 0.15 to 0.35 measured
+_N_VISITED = 64  # rows of logits at a time: 64 MB of V = 262144
 _N_GRAMS = {3: 0.7, 2: 0.5}  # with the share of right guesses to begin with
 
 
@@ -125,7 +126,7 @@ class Lookup:
 class DraftModel:
     """Guesses what a smaller model of the same vocabulary would say.
 
-    It draws with a copy of the answer's sampler, random stream and all: where the two models agree,
+    It draws with a fork of the answer's sampler, random stream and all: where the two models agree,
     so do the draws.
     """
 
@@ -147,7 +148,7 @@ class DraftModel:
             n += 1
         self._engine.truncate(self._sequence, n)
         self._n_known = len(text)
-        sampler = copy.deepcopy(sampler)
+        sampler = sampler.fork()
         new, draft = list(text[n:]), list[int]()
         while len(draft) < n_tokens:
             token = sampler.sample(self._engine.evaluate(self._sequence, new))
@@ -167,6 +168,25 @@ class DraftModel:
         self._engine.free(self._sequence)
 
 
+def evaluate_prompt(
+    engine: Engine,
+    sequence: Sequence,
+    ids: SequenceOf[int],
+    visit: Callable[[int, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Evaluate a prompt and return the logits f32 (V,) after it.
+
+    `visit(first, rows)` sees those after every token: rows f32 (n, V), from token `first` on. Then
+    nothing is taken from the cache.
+    """
+    if visit is None:
+        return engine.evaluate(sequence, ids)
+    for first in range(0, len(ids), _N_VISITED):
+        rows = engine.evaluate_each(sequence, ids[first : first + _N_VISITED])
+        visit(first, rows)
+    return rows[-1]
+
+
 class Steps:
     """The model's logits after each token of an answer, computed ahead where a drafter guesses right.
 
@@ -178,7 +198,7 @@ class Steps:
         self._sampler = sampler
         self._drafter = drafter
         self._sequence = engine.new_sequence()
-        self._text: list[int] = []
+        self.text: list[int] = []
         self._draft: list[int] = []
         self._rows = np.empty((0, 0), np.float32)  # (1 + n_drafted, V): the last step's
         self._row = 0
@@ -186,16 +206,18 @@ class Steps:
         self.n_drafted = 0
         self.n_accepted = 0
 
-    def begin(self, ids: SequenceOf[int]) -> np.ndarray:
-        """Return the logits f32 (V,) after a prompt."""
-        self._text = list(ids)
-        logits = self._engine.evaluate(self._sequence, ids)
+    def begin(
+        self, ids: SequenceOf[int], visit: Callable[[int, np.ndarray], None] | None = None
+    ) -> np.ndarray:
+        """Return the logits f32 (V,) after a prompt; see `evaluate_prompt`."""
+        self.text += ids
+        logits = evaluate_prompt(self._engine, self._sequence, ids, visit)
         self.n_cached = self._sequence.n_reused
         return logits
 
     def follow(self, token: int, n_more: int) -> np.ndarray:
         """Return the logits f32 (V,) after one more token; at most `n_more` are asked for later."""
-        self._text.append(token)
+        self.text.append(token)
         if self._drafter is None:
             return self._engine.evaluate(self._sequence, [token])
         if self._row < len(self._draft) and token == self._draft[self._row]:
@@ -204,11 +226,11 @@ class Steps:
             return self._rows[self._row]
         if self._draft:
             self._drafter.learn(len(self._draft), self._row)
-            self._engine.truncate(self._sequence, len(self._text) - 1)
+            self._engine.truncate(self._sequence, len(self.text) - 1)
         self._draft = []
         self._row = 0
         try:
-            draft = self._drafter.propose(self._text, n_more, self._sampler) if n_more else []
+            draft = self._drafter.propose(self.text, n_more, self._sampler) if n_more else []
             if draft:
                 self._rows = self._engine.evaluate_each(self._sequence, [token, *draft])
                 self._draft = draft

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import command
+from make_gguf import make_model
 from make_tokenizer import TEXT
 from test_convert import make_folder
 
@@ -16,7 +17,9 @@ from edgellama.convert.recipes import RECIPES, choose_formats
 from edgellama.gguf.writer import NewTensor
 from edgellama.kernels.blocks import FORMATS
 
-CONVERT = Path(__file__).parents[1] / "docs" / "convert.md"
+DOCS = Path(__file__).parents[1] / "docs"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+CONVERT = DOCS / "convert.md"
 
 
 def test_examples(capsys, tmp_path, monkeypatch):
@@ -34,6 +37,22 @@ def test_examples(capsys, tmp_path, monkeypatch):
         assert status == 0, f"{line}\n{stderr}"
         if arguments[0] != "run":
             assert stdout == expected, line
+
+
+@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md"])
+def test_examples_on_a_model(name, capsys, tmp_path, monkeypatch):
+    """Blocks of `python` run one after the other, and lines of `console`; there is a model.gguf."""
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("model.gguf"), keys={"tokenizer.chat_template": TEMPLATE})
+    text = (DOCS / name).read_text("utf-8")
+    Path("in.jsonl").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)), "utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, name, "exec"), names)
+    names["llm"].close()
+    for line in re.findall(r"^\$ edgellama (.+)$", text, re.MULTILINE):
+        status, _, stderr = command(capsys, *shlex.split(line))
+        assert status == 0, f"{line}\n{stderr}"
 
 
 def shapes(width: int, ffn: int, n_layers: int, kv: int, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ model is at the end.
 from __future__ import annotations
 
 import codecs
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,10 +42,13 @@ class FakeTokenizer:
     def decode(self, ids: Any, skip_special: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def is_special(self, token: int) -> bool:
+        return token >= 256
+
     def token_text(self, token: int) -> str:
         return {BOS: "<s>", END: "<e>"}.get(token, chr(token))
 
-    def stream(self) -> Any:
+    def stream(self, shown: Any = ()) -> Any:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return SimpleNamespace(
             feed=lambda i: decoder.decode(bytes([i])) if i < 256 else "",
@@ -92,6 +96,13 @@ class FakeEngine:
 
     def evaluate_each(self, sequence: Any, ids: list[int]) -> np.ndarray:
         return np.array([self.evaluate(sequence, [i]) for i in ids])
+
+    def fork(self, sequence: Any) -> Any:
+        self.live.append(copy.deepcopy(sequence))
+        return self.live[-1]
+
+    def step(self, batch: Any) -> np.ndarray:
+        return np.array([self.evaluate(sequence, ids) for sequence, ids in batch])
 
     def truncate(self, sequence: Any, n_tokens: int) -> None:
         assert sequence.n_prompt <= n_tokens <= len(sequence.tokens)
@@ -250,7 +261,7 @@ def test_bad_n(open_llm, n: Any) -> None:
 
 
 def test_unknown_options_are_errors(open_llm) -> None:
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(UsageError, match="temprature"):
         open_llm()[0].generate("p", temprature=0)
 
 

@@ -135,3 +135,39 @@ def test_doctor_names_an_unknown_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     targets.detect.cache_clear()
     assert isinstance(result.exception, UsageError)
     assert "z80" in str(result.exception)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["-n", "2", "--logit-bias", "z+100"], "zz\n"), (["--logit-bias", "110-inf", "-n", "0"], "\n"),
+        (["--dry-multiplier", "1", "--dry-sequence-breaker", "none"], "né世 yes\n"),
+        (["--mirostat", "2", "--mirostat-ent", "3"], "né世 yes\n"),
+        (["--max-time", "0"], "n\n"), (["--min-keep", "3", "--typical", "0.5"], "né世 yes\n"),
+    ],
+)  # fmt: skip
+def test_sampling_options_reach_the_sampler(
+    engine: FakeEngine, arguments: list[str], shown: str
+) -> None:
+    assert run("-p", "x", "--seed", "1", *arguments).stdout == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temp", "-1"], "temperature"), (["--mirostat-lr", "nan"], "mirostat_eta"),
+        (["--samplers", "top_k;x"], "'x'"), (["--logit-bias", "a"], "--logit-bias"),
+        (["--top-k", "-2"], "top_k"), (["--seed", "-1"], "seed"),
+    ],
+)  # fmt: skip
+def test_bad_sampling_options(engine: FakeEngine, arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        run("-p", "x", *arguments)
+
+
+def test_help_has_groups(engine: FakeEngine) -> None:
+    text = run("--help").stdout
+    assert text.index("Options:") < text.index("Sampling:") < text.index("--min-p")
+    assert text.index("--min-p") < text.index("Repetition:") < text.index("--dry-base")
+    assert len(text.splitlines()) < 70

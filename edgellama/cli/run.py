@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edgellama.errors import UsageError
 
+from .options import (
+    GroupedCommand,
+    grammar_options,
+    model_options,
+    open_model,
+    sampling_options,
+)
 
-@click.command()
+
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", help="The prompt; read from stdin when left out.")
-@click.option("-n", "--max-tokens", type=click.IntRange(0), help="Most tokens of the answer.")
+@click.option(
+    "-n", "--max-tokens", "max_tokens", type=click.IntRange(0), help="Most tokens of the answer."
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it stands: no chat template.")
 @click.option("--system", help="A system message for the chat template.")
-@click.option("--temp", default=0.8, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-k", default=40, show_default=True, help="Keep the k most likely; 0 is off.")
-@click.option("--top-p", default=0.95, show_default=True, help="Keep this much probability.")
-@click.option("--min-p", default=0.05, show_default=True, help="Keep what is this near the best.")
-@click.option("--seed", type=click.IntRange(0), help="Seed; random when left out.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; physical cores.")
-@click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of the text.")
+@model_options
 @click.option(
-    "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
-    help="Type of cached keys and values.",
+    "--session", type=click.Path(path_type=Path), metavar="FILE",
+    help="Evaluated text: loaded if the file exists, saved after the answer.",
 )  # fmt: skip
-@click.option(
-    "--draft", metavar="lookup|MODEL",
-    help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
-)  # fmt: skip
-@click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
-@click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
+@sampling_options
+@grammar_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
-    temp: float, top_k: int, top_p: float, min_p: float, seed: int | None, stop: tuple[str, ...],
-    threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
-    override_pre: str | None, offline: bool, stats: bool,
+    stop: tuple[str, ...], session: Path | None, stats: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -52,17 +51,11 @@ def command(
             raise UsageError("there is no prompt; give one with -p or on stdin")
         prompt = sys.stdin.buffer.read().decode(errors="replace")
         prompt = prompt.removesuffix("\n").removesuffix("\r")  # echo's, not the author's
-    from edgellama.llm import LLM
-
     out = sys.stdout.buffer
-    with LLM(
-        model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
-        override_pre=override_pre, draft=draft,
-    ) as llm:  # fmt: skip
-        options: dict[str, Any] = {
-            "max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p,
-            "min_p": min_p, "seed": seed, "stop": stop,
-        }  # fmt: skip
+    with open_model(model, given) as llm:
+        if session is not None and session.exists():
+            llm.load_session(session)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **given}
         if raw or llm.template is None:
             if system is not None:
                 raise UsageError("--system needs a chat template; leave out --raw")
@@ -77,6 +70,8 @@ def command(
             first = first or time.perf_counter()
         out.write(b"\n")
         out.flush()
+        if session is not None:
+            llm.save_session(session)
         if stats and delta.timings is not None and first is not None:
             t = delta.timings
             guesses = ""
@@ -87,7 +82,7 @@ def command(
                     f"{t.predicted_n / (t.predicted_n - t.accepted_n):.2f} tokens a step"
                 )
             click.echo(
-                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens "
+                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens, {t.cached_n} cached "
                 f"({t.prompt_n / max(t.prompt_s, 1e-9):.0f}/s) | answer {t.predicted_n} tokens "
                 f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)"
                 f"{guesses}",
