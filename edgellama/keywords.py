@@ -54,3 +54,5 @@ class AnswerKeywords(SamplingKeywords, total=False):
     prompt_logprobs: bool
     processors: Sequence[LogitsProcessor]
     parse_special: bool
+    context_shift: bool | None
+    n_keep: int | None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -30,6 +31,7 @@ from edgellama.generation import (
     stream,
 )
 from edgellama.gguf import open_gguf
+from edgellama.kernels.layout import PAGE
 from edgellama.logprobs import Logprobs, PromptLogprobs
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
@@ -88,6 +90,8 @@ class LLM:
     where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
+    With `context_shift`, an answer that outgrows the context goes on without the older half of what
+    follows the text's first `n_keep` tokens (rounded up to 32), instead of ending.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -104,6 +108,8 @@ class LLM:
         offline: bool = False,
         override_pre: str | None = None,
         draft: str | os.PathLike[str] | LLM | None = None,
+        context_shift: bool = False,
+        n_keep: int = 1,
     ) -> None:
         path = resolve(None if model is None else os.fspath(model), offline=offline)
         with open_gguf(path) as gguf:
@@ -143,6 +149,7 @@ class LLM:
         self._n_calls = 0
         self._is_fork = False
         self._last_text: list[int] = []
+        self._context_shift, self._n_keep = context_shift, n_keep
         self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
@@ -261,13 +268,14 @@ class LLM:
         `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
         to change in place or return anew.
         `parse_special`: whether special tokens may be written out in the prompt.
+        `context_shift`, `n_keep`: as in `LLM`, for this answer.
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
         Raises: ContextOverflowError when the prompt does not fit, UsageError.
         """
-        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
+        ids, [answer], of_prompt, n_keep = self._prepare(prompt, 1, **options)
 
         def new_steps() -> Steps:
-            steps = Steps(self._engine, answer.sampler, self._new_drafter())
+            steps = Steps(self._engine, answer.sampler, self._new_drafter(), n_keep)
             self._last_text = steps.text  # which grows with the answer
             return steps
 
@@ -309,7 +317,7 @@ class LLM:
         elif n == 1:
             return collect(self.stream(prompt, **options))
         else:
-            ids, answers, of_prompt = self._prepare(prompt, n, **options)
+            ids, answers, of_prompt, _ = self._prepare(prompt, n, **options)
             done = answer_together(self._engine, ids, answers, of_prompt)
         return done[0] if n == 1 else done
 
@@ -355,9 +363,15 @@ class LLM:
         prompt_logprobs: bool = False,
         processors: Sequence[LogitsProcessor] = (),
         parse_special: bool = False,
+        context_shift: bool | None = None,
+        n_keep: int | None = None,
         **sampling: Any,
-    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
-        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None, int | None]:
+        """Check all options.
+
+        Return the prompt's ids, n answers, what looks up the prompt's, and how many tokens stay when the
+        context is full (None: the answer ends).
+        """
         if not sampling.keys() <= {*OPTION_NAMES}:
             from edgellama.keywords import AnswerKeywords
 
@@ -365,7 +379,8 @@ class LLM:
             known = ", ".join(AnswerKeywords.__annotations__)
             raise UsageError(f"there is no option {name!r}; options are {known}")
         ids = self._encode(prompt, parse_special)
-        limit = self._limit(ids, max_tokens)
+        n_kept = self._n_kept(context_shift, n_keep, n)
+        limit = self._limit(ids, max_tokens, n_kept is not None)
         if max_time_s is not None:
             check_number("max_time_s", max_time_s, 0)
         check_count("top_logprobs", top_logprobs)
@@ -390,7 +405,7 @@ class LLM:
             )
             for i in range(n)
         ]
-        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None, n_kept
 
     def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
         """Return the ids of a prompt, at least one and no more than the context holds."""
@@ -410,9 +425,31 @@ class LLM:
             )
         return ids
 
-    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+    def _n_kept(self, context_shift: bool | None, n_keep: int | None, n: int) -> int | None:
+        """How many first tokens stay when the context is full; None: the answer ends there."""
+        if context_shift is not None:
+            check_flag("context_shift", context_shift)
+        if n > 1:
+            if context_shift:
+                raise UsageError("context_shift works for one answer at a time; leave out n")
+            return None
+        if not (self._context_shift if context_shift is None else context_shift):
+            return None
+        n_keep = self._n_keep if n_keep is None else n_keep
+        most = self.n_ctx - 2 * PAGE
+        if most < 0:
+            raise UsageError(
+                f"context_shift needs a context of {2 * PAGE} tokens, not {self.n_ctx}; use a larger "
+                "n_ctx (-c)"
+            )
+        check_count("n_keep", n_keep, 0, most)
+        return n_keep
+
+    def _limit(self, ids: list[int], max_tokens: int | None, shifts: bool = False) -> int:
         """How many tokens an answer may have."""
-        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        limit = (
+            sys.maxsize if shifts else self.n_ctx - len(ids) + 1
+        )  # the last token need not be in the cache
         if max_tokens is None:
             return limit
         check_count("max_tokens", max_tokens)
