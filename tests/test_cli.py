@@ -161,7 +161,7 @@ def test_help_lists_every_command_and_its_own_help_agrees():
 
 def test_an_unknown_command_lists_the_known():
     done = run("dance")
-    assert "run, pull, list, rm" in done.stderr
+    assert "run, chat, pull, list, rm" in done.stderr
 
 
 def test_list_and_rm(tmp_path, monkeypatch):
