@@ -55,6 +55,11 @@ class AnswerKeywords(SamplingKeywords, total=False):
     prompt_logprobs: bool
     processors: Sequence[LogitsProcessor]
     parse_special: bool
+    response_format: Mapping[str, Any] | None
+    json_schema: Mapping[str, Any] | bool | str | None
+    grammar: str | None
+    regex: str | None
+    choices: Sequence[str] | None
 
 
 class PromptKeywords(TypedDict, total=False):

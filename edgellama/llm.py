@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from edgellama.chat import Chat, ChatPrompt, ChatTemplate
+    from edgellama.grammar import Tokens
     from edgellama.keywords import AnswerKeywords, ChatKeywords, PromptKeywords
     from edgellama.sampling import LogitsProcessor
 
@@ -175,6 +176,12 @@ class LLM:
 
         return Chat(self.config.name, self.tokenizer, self.metadata, self._chat_template)
 
+    @cached_property
+    def _grammar_tokens(self) -> Tokens:
+        from edgellama.grammar import Tokens
+
+        return Tokens(self.tokenizer)
+
     def __enter__(self) -> LLM:
         return self
 
@@ -219,8 +226,10 @@ class LLM:
         `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
         to change in place or return anew.
         `parse_special`: whether special tokens may be written out in the prompt.
+        `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
+        `choices`: what the answer has to look like (docs/constrained.md).
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
-        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
         ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
 
@@ -311,6 +320,11 @@ class LLM:
         prompt_logprobs: bool = False,
         processors: Sequence[LogitsProcessor] = (),
         parse_special: bool = False,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | str | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         shown: frozenset[int] = frozenset(),
         **sampling: Any,
     ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
@@ -331,6 +345,13 @@ class LLM:
         check_flag("ignore_eos", ignore_eos)
         if not all(map(callable, processors)):
             raise UsageError(f"processors is {processors!r}; a list of functions is needed")
+        rules = None
+        if any(x is not None for x in (response_format, json_schema, grammar, regex, choices)):
+            from edgellama.grammar import read_grammar
+
+            rules = read_grammar(response_format, json_schema, grammar, regex, choices)
+        if rules is not None and ignore_eos:
+            raise UsageError("ignore_eos has no sense with a grammar, which says where answers end")
         lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
         options = self._sampling.read(sampling, ignore_eos)
@@ -344,6 +365,7 @@ class LLM:
                 limit,
                 max_time_s=math.inf if max_time_s is None else max_time_s,
                 logprobs=lookup if logprobs or top_logprobs else None,
+                constraint=None if rules is None else self._grammar_tokens.constrain(rules),
                 shown=shown,
             )
             for i in range(n)
@@ -390,8 +412,9 @@ class LLM:
         """Return the token ids of a chat as the model's template writes it.
 
         Options, of `chat` and `stream_chat` too:
-        `tools`, `tool_choice`: in OpenAI's form; `tool_format`: "hermes", "llama3" or "mistral", how
-        the answer writes calls, where the template's own marks do not tell.
+        `tools`, `tool_choice`: in OpenAI's form; a call that is "required", or named, is forced by a
+        grammar.  `tool_format`: "hermes", "llama3" or "mistral", how the answer writes calls, where
+        the template's own marks do not tell.
         `documents`: for templates that take them; `chat_template_kwargs`: other variables for it.
         `chat_template`: as for `LLM`, for this chat alone.
         `add_generation_prompt`: whether the assistant's turn is opened.
@@ -437,11 +460,14 @@ class LLM:
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     ) -> tuple[ChatPrompt, dict[str, Any]]:
         """Return the prompt of a chat, and the options that are not of chats."""
-        from edgellama.chat import CHAT_OPTIONS
+        from edgellama.chat import CHAT_OPTIONS, GRAMMAR_OPTIONS
 
         own = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
         rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
-        prompt = self._chat.prompt(messages, **own)
+        is_bound = any(rest.get(name) is not None for name in GRAMMAR_OPTIONS)
+        prompt = self._chat.prompt(messages, is_bound=is_bound, **own)
+        if prompt.json_schema is not None:
+            rest["json_schema"] = prompt.json_schema
         return prompt, {**rest, "shown": prompt.shown}
 
     # --- tasks ------------------------------------------------------------------------------------

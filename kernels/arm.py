@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .emit import call, concatenate, i8, i16, i32, load, shuffle, vector
+from .emit import call, concatenate, i8, i16, i32, load, shuffle, store_value, vector
 from .generic import Native
 
 
@@ -49,6 +49,14 @@ class NEON(Native):
         # One load: a lane of it costs no more than a broadcast from memory, and sdot takes lanes itself.
         y = load(builder, address, vector(i32, 4))
         return [builder.bitcast(shuffle(builder, y, [i] * 8), vector(i8, 32)) for i in range(4)]
+
+    @classmethod
+    def spread16(cls, builder, to, address):
+        store_value(builder, to, load(builder, address, vector(i8, 16)))
+
+    @classmethod
+    def spread_columns(cls, builder, address):
+        return cls.columns4(builder, address)
 
     @staticmethod
     def words_add(builder, acc, w, y):

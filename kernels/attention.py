@@ -222,7 +222,8 @@ def attend(kv_type):
 
     def operation(
         step, part, first, count, scratch,
-        out, out_stride, q, q_stride, cache, cache_stride, page_nbytes, partials, partials_stride,
+        out, out_stride, q, q_stride, cache, cache_stride, page_nbytes, table_offset,
+        partials, partials_stride,
         n_kv_heads, n_group, head_size, window, scale: float, cap: float,
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
@@ -279,7 +280,7 @@ def attend(kv_type):
                 if n_pages <= 0:
                     row += n
                     continue
-                pages = table + 4 * first_page
+                pages = table + table_offset + 4 * first_page
                 for r in range(n):
                     head = kv_head * n_group + (row + r) % n_group
                     source = place(q, q_stride, first + (row + r) // n_group, head, head_nbytes)

@@ -2,10 +2,12 @@
 
 All formats lie in r8 form (`repack.py` writes it): 8 rows side by side, blocks of 32 columns in order.
 
-Integer formats: `load(base, block)` gives the block as unsigned bytes and the line d*q + m behind them,
+Integer formats: `load(base, block)` gives the block as unsigned bytes q and what they stand for,
 
-    q0 .. q7   Bytes32: vector k holds columns 4k..4k+3 of rows 0..7 (row r in bytes 4r..4r+3)
-    d, m       F32x8 per row; formats with a scale per 16 columns give d0, d1, m0, m1
+    q               8 of Bytes32: number k holds columns 4k..4k+3 of rows 0..7 (row r in bytes 4r..4r+3)
+    d, m            F32x8 per row: a weight is d*q + m
+    d0, d1          one for 16 columns each: a weight is d*(q - centre)
+    d0, d1, m0, m1  the same with minimums
 
 Word formats: `scale(base, block)` gives d per row, `load2(base, block, k)` columns 2k, 2k+1 and
 2k+16, 2k+17 of the 8 rows as signed bytes (Bytes16, row r in bytes 2r, 2r+1).
@@ -187,8 +189,7 @@ def load_q3_k(base, block):
         bytes_or(q[6], bytes_and(bytes_shr(h, 4), 4)),
         bytes_or(q[7], bytes_and(bytes_shr(h, 5), 4)),
     )
-    minus4 = splat_f32(np.float32(-4.0))
-    return q, d0, d1, d0 * minus4, d1 * minus4
+    return q, d0, d1
 
 
 # q6_k: per 256: d f16 (8,) | per 16: sc i8 (8,) | nibbles 8x128 | upper two bits 8x64        1680
@@ -211,8 +212,7 @@ def load_q6_k(base, block):
         bytes_or(n[6], bytes_shl(h[6], 4)),
         bytes_or(n[7], bytes_shl(h[7], 4)),
     )
-    minus32 = splat_f32(np.float32(-32.0))
-    return q, d0, d1, d0 * minus32, d1 * minus32
+    return q, d0, d1
 
 
 # --- word formats: signed bytes, two columns of 8 rows in 16 bytes (row r in bytes 2r, 2r+1) --------
@@ -280,11 +280,12 @@ def load4_bf16(base, block, k):
 # --- the table ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class IntegerFormat:
-    """`bits` bounds q; `groups` is the number of scales per 32 columns."""
+    """`bits` bounds q; a weight is d*(q - centre), or there are so many minimums m per 32 columns."""
 
     load: Any
     bits: int
-    groups: int
+    centre: int = 0
+    minimums: int = 0
 
 
 @dataclass(frozen=True)
@@ -299,16 +300,16 @@ class FloatFormat:
 
 
 LOADS: dict[str, IntegerFormat | WordFormat | FloatFormat] = {
-    "q4_0": IntegerFormat(load_q4_0, 4, 1),
-    "q4_1": IntegerFormat(load_q4_1, 4, 1),
-    "q5_0": IntegerFormat(load_q5_0, 5, 1),
-    "q5_1": IntegerFormat(load_q5_1, 5, 1),
-    "mxfp4": IntegerFormat(load_mxfp4, 5, 1),
-    "q2_k": IntegerFormat(load_q2_k, 4, 2),
-    "q3_k": IntegerFormat(load_q3_k, 4, 2),
-    "q4_k": IntegerFormat(load_q4_k, 4, 1),
-    "q5_k": IntegerFormat(load_q5_k, 5, 1),
-    "q6_k": IntegerFormat(load_q6_k, 6, 2),
+    "q4_0": IntegerFormat(load_q4_0, 4, minimums=1),
+    "q4_1": IntegerFormat(load_q4_1, 4, minimums=1),
+    "q5_0": IntegerFormat(load_q5_0, 5, minimums=1),
+    "q5_1": IntegerFormat(load_q5_1, 5, minimums=1),
+    "mxfp4": IntegerFormat(load_mxfp4, 5, minimums=1),
+    "q2_k": IntegerFormat(load_q2_k, 4, minimums=2),
+    "q3_k": IntegerFormat(load_q3_k, 4, centre=4),
+    "q4_k": IntegerFormat(load_q4_k, 4, minimums=1),
+    "q5_k": IntegerFormat(load_q5_k, 5, minimums=1),
+    "q6_k": IntegerFormat(load_q6_k, 6, centre=32),
     "q8_0": WordFormat(scale_q8_0, load2_q8_0),
     "iq4_nl": WordFormat(scale_iq4_nl, load2_iq4_nl),
     "iq4_xs": WordFormat(scale_iq4_xs, load2_iq4_xs),

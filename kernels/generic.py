@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .emit import broadcast4, call, f16, f32, i8, i16, i32, i64, shuffle, splat, vector
+from .emit import (
+    broadcast4,
+    call,
+    f16,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+    load,
+    shuffle,
+    splat,
+    splat_value,
+    store_value,
+    vector,
+)
 
 
 class Generic:
@@ -38,9 +53,19 @@ class Generic:
         return [broadcast4(builder, builder.add(address, i64(4 * i))) for i in range(4)]
 
     @classmethod
-    def dot16(cls, builder, weights, address, bits):
-        """Four byte vectors times 16 bytes at an address: for 8 rows the sum over 16 columns."""
-        activations = cls.columns4(builder, address)
+    def spread16(cls, builder, to, address):
+        """Write 16 bytes of activations so that `spread_columns` reads what `columns4` would."""
+        for i, columns in enumerate(cls.columns4(builder, address)):
+            store_value(builder, builder.add(to, i64(32 * i)), columns)
+
+    @staticmethod
+    def spread_columns(builder, address):
+        """What `spread16` wrote: operands in memory, where broadcasts would take a load each."""
+        return [load(builder, builder.add(address, i64(32 * i)), vector(i8, 32)) for i in range(4)]
+
+    @classmethod
+    def dot16(cls, builder, weights, activations, bits):
+        """Four byte vectors times those of 16 columns of activations: for 8 rows the sum."""
         at_once = 4 if bits <= cls.four_hold_bits else 2
         sums = []
         for i in range(0, 4, at_once):
@@ -49,6 +74,18 @@ class Generic:
                 acc = cls.pairs_add(builder, acc, w, y)
             sums.append(cls.pairs_sum(builder, acc))
         return sums[0] if at_once == 4 else builder.add(*sums)
+
+    @staticmethod
+    def centre16(builder, to, address, total, centre):
+        """Write what `centred16` subtracts: `centre` times the `total` of the 16 bytes at an address."""
+        product = builder.mul(builder.trunc(total, i32), i32(centre))
+        store_value(builder, to, splat_value(builder, product, 8))
+
+    @classmethod
+    def centred16(cls, builder, weights, activations, address, bits):
+        """As `dot16`, less what `centre16` wrote at an address."""
+        total = cls.dot16(builder, weights, activations, bits)
+        return builder.sub(total, load(builder, address, vector(i32, 8)))
 
     @staticmethod
     def words_add(builder, acc, w, y):

@@ -2,6 +2,7 @@
 
 `pairs_add` may be called this often before `pairs_sum`, so that AVX2's i16 sums hold (2*qmax*127 a call):
 q <= 15: 8 times (30480), q <= 31: 4 times (31496), q <= 63: twice (32004), q <= 127: once (32258).
+Less a centre, q <= 63 may be added 4 times: see `x86.AVX2.centred16`.
 """
 
 from __future__ import annotations
@@ -69,9 +70,23 @@ def dot16(bits):
     """
 
     def emit(builder, a, b, c, d, y):
-        return vectors.lowering.dot16(builder, (a, b, c, d), y, bits)
+        activations = vectors.lowering.columns4(builder, y)
+        return vectors.lowering.dot16(builder, (a, b, c, d), activations, bits)
 
     return operation(I32x8, emit)
+
+
+spread16 = operation(types.void, lambda b, to, a: vectors.lowering.spread16(b, to, a))
+"""Write the 16 bytes of activations at an address into 128, as `byte_tile_operations` reads them."""
+
+
+def centre16(centre):
+    """Return write(to, y, total): 32 bytes that take `centre` off the codes multiplied with those at `y`."""
+
+    def emit(builder, to, y, total):
+        vectors.lowering.centre16(builder, to, y, total, centre)
+
+    return operation(types.void, emit)
 
 
 # --- products of words ----------------------------------------------------------------------------

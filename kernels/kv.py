@@ -72,17 +72,18 @@ def store(kv_type):
 
     def operation(
         step, part, first, count, scratch,
-        k, k_stride, v, v_stride, cache, head_nbytes, page_nbytes, n_heads, head_size,
+        k, k_stride, v, v_stride, cache, cache_stride, page_nbytes, table_offset, n_heads, head_size,
     ):  # fmt: skip
         positions = load_i64(step + STEP_POSITIONS)
         tables = load_i64(step + STEP_TABLES)
         wide = (head_size + 31) // 32 * 32
         for t in range(first, first + count):
             position = load_i32(positions + 4 * t)
-            page = load_i32(load_i64(tables + 8 * t) + 4 * (position // PAGE))
+            table = load_i64(tables + 8 * t) + table_offset
+            page = load_i32(table + 4 * (position // PAGE))
             slot = position % PAGE
             for head in range(n_heads):
-                at = cache + head * head_nbytes + page * page_nbytes
+                at = cache + head * cache_stride + page * page_nbytes
                 values = at + (PAGE + slot) * wide * size
                 key = k + t * k_stride + head * head_size * 4
                 value = v + t * v_stride + head * head_size * 4

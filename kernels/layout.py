@@ -10,6 +10,8 @@ I8_NBYTES = 52
 I16_NBYTES = 68
 ACTIVATION_NBYTES = {"i8": I8_NBYTES, "i16": I16_NBYTES, "f32": 128}
 
+I8_SCRATCH_NBYTES = 5 << 17  # of a thread that multiplies them: see `project_i8.py`
+
 # --- the KV cache: see `kv.py` --------------------------------------------------------------------
 PAGE = 32  # positions
 SPAN = 256  # positions over which attention sums before it merges: part of what a result is
@@ -30,7 +32,7 @@ STEP_N_TOKENS = 0  # T
 STEP_N_OUT = 8  # rows whose logits are wanted
 STEP_IDS = 16  # address, i32 (T,)
 STEP_POSITIONS = 24  # address, i32 (T,)
-STEP_TABLES = 32  # address, i64 (T,): address of the i32 page table of each token's sequence
+STEP_TABLES = 32  # address, i64 (T,): address of each token's i32 page tables
 STEP_OUT_ROWS = 40  # address, i32 (n_out,): token index of each wanted row
 STEP_N_SPANS = 48  # spans of positions that attention shares out among threads; 1: it does not
 STEP_NBYTES = 64

@@ -4,11 +4,12 @@ A row of the result is the same to the last bit whatever T is, because both path
 with lanes = rows and blocks in order:
 
     i8    acc = fma(f32(sum of q*y over 16 columns), d*yd, acc), twice; acc = fma(m, ys, acc)
+          with a centre instead of m: sum of (q - centre)*y
     i16   acc = fma(f32(sum of q*y over 32 columns), d*yd, acc)
     f32   acc = fma(w, y, acc), column by column
 
-Few tokens stream the packed weights.  More tokens first unpack a strip of 32 rows into the thread's
-scratch (the panel), and run a register tile over it; unpacking costs 1/T of the work, so any format gets
+Few tokens stream the packed weights.  More tokens first unpack strips of 32 rows into the thread's
+scratch (the panel), and run a register tile over them; unpacking costs 1/T of the work, so any format gets
 the same fast tile.  The forms of activations are those of `quantize.py`; each has a file here.
 """
 
@@ -20,6 +21,7 @@ from . import project_f32, project_i8, project_i16
 from .blocks import FORMATS, STRIP
 from .layout import STEP_IDS
 from .simd import *
+from .simd import inline
 
 _FORMS = {"i8": project_i8, "i16": project_i16, "f32": project_f32}
 
@@ -28,6 +30,8 @@ def project(format_name):
     """Return the operation `project[format]`: rows of `out` += or = W @ x (+ bias) for all tokens."""
     form = _FORMS[FORMATS[format_name].activation]
     stream, batch = form.strip_functions(format_name)
+    if form is not project_i8:
+        batch = _strip_by_strip(batch)
     group_nbytes = FORMATS[format_name].group_nbytes(256)
     tile = form.TILE
 
@@ -36,24 +40,42 @@ def project(format_name):
         out, out_stride, x, x_stride, w, bias, n_blocks, n_strips, per_part, residual,
     ):  # fmt: skip
         group = n_blocks * (group_nbytes // 8)
-        for strip in range(part * per_part, min(n_strips, (part + 1) * per_part)):
-            packed = w + strip * 4 * group
-            row = strip * STRIP
-            to = out + first * out_stride + row * 4
-            y = x + first * x_stride
-            if count < tile:
+        first_strip = part * per_part
+        last_strip = min(n_strips, first_strip + per_part)
+        to = out + first * out_stride
+        y = x + first * x_stride
+        if count < tile:
+            for strip in range(first_strip, last_strip):
+                packed = w + strip * 4 * group
+                row = strip * STRIP
                 for t in range(count):
                     stream(
-                        to + t * out_stride, y + t * x_stride, packed, group, n_blocks,
+                        to + t * out_stride + row * 4, y + t * x_stride, packed, group, n_blocks,
                         residual, bias, row,
                     )  # fmt: skip
-            else:
-                batch(
-                    to, out_stride, y, x_stride, count, packed, group, n_blocks, scratch,
-                    residual, bias, row,
-                )  # fmt: skip
+        else:
+            batch(
+                to, out_stride, y, x_stride, count, w, group, n_blocks, scratch, residual, bias,
+                first_strip, last_strip,
+            )  # fmt: skip
 
     return operation
+
+
+def _strip_by_strip(batch_strip):
+    @inline
+    def batch(
+        out, out_stride, y, y_stride, count, w, group, n_blocks, scratch, residual, bias,
+        first_strip, last_strip,
+    ):  # fmt: skip
+        for strip in range(first_strip, last_strip):
+            row = strip * STRIP
+            batch_strip(
+                out + row * 4, out_stride, y, y_stride, count, w + strip * 4 * group, group,
+                n_blocks, scratch, residual, bias, row,
+            )  # fmt: skip
+
+    return batch
 
 
 def embed(format_name):

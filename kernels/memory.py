@@ -95,6 +95,7 @@ store_words16 = operation(types.void, store_value)
 
 # --- one element for all lanes --------------------------------------------------------------------
 broadcast_f32 = operation(F32x8, lambda b, a: splat_value(b, load(b, a, f32), 8))
+broadcast_i32 = operation(I32x8, lambda b, a: splat_value(b, load(b, a, i32), 8))
 broadcast4 = operation(Bytes32, emit.broadcast4)  # of the activations, to all rows
 broadcast_pair = operation(  # two neighbouring words, to every lane of 32 bits
     Words16, lambda b, a: b.bitcast(splat_value(b, load(b, a, i32), 8), vector(i16, 16))

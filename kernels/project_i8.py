@@ -1,63 +1,139 @@
-"""Projections of unsigned integer weights (up to 6 bits) by activations in bytes: see `matmul.py`."""
+"""Projections of unsigned integer weights (up to 6 bits) by activations in bytes: see `matmul.py`.
+
+Many tokens are multiplied tile by tile, 8 rows x 6 tokens.  Both sides lie in the thread's scratch in the
+same layout, per 32 columns
+
+    four byte vectors | F32x8 scale, twice (16 columns each) | two vectors for offsets or centres
+
+a panel of weights (scales d, minimums m) for the rows of a part, and the tokens of a tile (scales yd, the
+same in all lanes; their sums, which m or the centre is multiplied with), a chunk of columns at a time, so
+that the tokens stay in the first cache while the rows pass by.  Every operand of a product is then a
+register or memory as it stands: 24 instructions for 256 products, where broadcasting from the rows of
+activations takes 35.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .blocks import FORMATS
+from .blocks import FORMATS, STRIP
 from .epilogue import finish, finish2
 from .formats import LOADS
-from .layout import I8_NBYTES
+from .layout import I8_NBYTES, I8_SCRATCH_NBYTES
 from .simd import *
 from .simd import inline
+from .tiles import byte_tile_operations, tile_load, tile_operations
 
-TILE = 8
-"""Tokens of a tile: 8 rows x 8 tokens x 16 columns keep weights and sums in 16 registers."""
+TILE = 6
+"""Tokens of a tile: their sums, four vectors of weights, a scale and what is added up take 16 registers."""
+
+CHUNK = 8
+"""Blocks of 32 columns at a time: the tokens of a tile take 18 KB."""
+
+STRIPS = 8
+"""Strips of 32 rows at a time: spreading tokens out costs a twentieth of multiplying them by so many."""
+
+ROUND = 86 * TILE
+"""Tokens at a time: their sums stay in scratch while the chunks pass by, so 512 should be one round."""
+
+assert I8_SCRATCH_NBYTES >= 384 * CHUNK * (TILE + 4 * STRIPS) + 32 * ROUND * 4 * STRIPS
+
+load_sums = tile_load("f32", TILE)
+zero_sums, _, _, store_sums = tile_operations(1, TILE)
 
 
 def _block_functions(format_):
-    """(step, unpack): how a block joins the sum, and how it is unpacked into a panel.
+    """(accumulate, unpack, spread, multiply, nbytes): what is done with a block.
 
-    A panel block of 8 rows: per 16 columns four byte vectors and their d, then the m of both.
+    `accumulate` joins it to a sum, `unpack` writes it into a panel and `spread` one of activations
+    beside it, in `nbytes` each; `multiply` adds their products to a tile.
     """
-    load = format_.load
-    dot = dot16(format_.bits)
-    if format_.groups == 1:
+    kinds = (_centred, _with_minimum, _with_minimums)
+    nbytes = 384 if format_.minimums != 1 else 352
+    operations = byte_tile_operations(TILE, format_.bits, nbytes)
+    return *kinds[format_.minimums](format_, dot16(format_.bits), *operations), nbytes
 
-        @inline
-        def accumulate(w, y, acc):
-            q, d, m = w
-            sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
-            acc = fma(sum0, d * broadcast_f32(y + 32), acc)
-            sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
-            acc = fma(sum1, d * broadcast_f32(y + 36), acc)
-            return fma(m, broadcast_f32(y + 48), acc)
 
-        @inline
-        def unpack(w, to):
-            q, d, m = w
-            store_half(to, q[0], q[1], q[2], q[3], d)
-            store_half(to + 160, q[4], q[5], q[6], q[7], d)
-            store_f32x8(to + 320, m)
-
-        @inline
-        def offset(panel, y, acc):
-            return fma(load_f32x8(panel + 320), broadcast_f32(y + 48), acc)
-
-        return load, accumulate, unpack, offset, 352
+def _centred(format_, dot, add, add_centred, add_offset):
+    centre = format_.centre
+    write_centre = centre16(centre)
 
     @inline
-    def accumulate16(w, y, acc):
+    def accumulate(w, y, acc):
+        q, d0, d1 = w
+        sum0 = dot(q[0], q[1], q[2], q[3], y) - broadcast_i32(y + 40) * splat_i32(centre)
+        sum1 = dot(q[4], q[5], q[6], q[7], y + 16) - broadcast_i32(y + 44) * splat_i32(centre)
+        acc = fma(to_f32(sum0), d0 * broadcast_f32(y + 32), acc)
+        return fma(to_f32(sum1), d1 * broadcast_f32(y + 36), acc)
+
+    @inline
+    def unpack(w, to):
+        q, d0, d1 = w
+        store_half(to, q[0], q[1], q[2], q[3], d0)
+        store_half(to + 160, q[4], q[5], q[6], q[7], d1)
+
+    @inline
+    def spread(y, to):
+        spread_halves(y, to)
+        write_centre(to + 320, y, load_i32(y + 40))
+        write_centre(to + 352, y + 16, load_i32(y + 44))
+
+    @inline
+    def multiply(sums, w, y):
+        sums = add_centred(sums, w, y, y + 320)
+        return add_centred(sums, w + 160, y + 160, y + 352)
+
+    return accumulate, unpack, spread, multiply
+
+
+def _with_minimum(format_, dot, add, add_centred, add_offset):
+    @inline
+    def accumulate(w, y, acc):
+        q, d, m = w
+        sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
+        sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
+        acc = fma(sum0, d * broadcast_f32(y + 32), acc)
+        acc = fma(sum1, d * broadcast_f32(y + 36), acc)
+        return fma(m, broadcast_f32(y + 48), acc)
+
+    @inline
+    def unpack(w, to):
+        q, d, m = w
+        store_half(to, q[0], q[1], q[2], q[3], d)
+        store_half(to + 160, q[4], q[5], q[6], q[7], d)
+        store_f32x8(to + 320, m)
+
+    @inline
+    def spread(y, to):
+        spread_halves(y, to)
+        store_f32x8(to + 320, broadcast_f32(y + 48))
+
+    @inline
+    def multiply(sums, w, y):
+        sums = add(sums, w, y)
+        sums = add(sums, w + 160, y + 160)
+        return add_offset(sums, w + 320, y + 320)
+
+    return accumulate, unpack, spread, multiply
+
+
+def _with_minimums(format_, dot, add, add_centred, add_offset):
+    @inline
+    def scaled_sum(y, half):
+        return broadcast_f32(y + 32 + half * 4) * to_f32(broadcast_i32(y + 40 + half * 4))
+
+    @inline
+    def accumulate(w, y, acc):
         q, d0, d1, m0, m1 = w
         sum0 = to_f32(dot(q[0], q[1], q[2], q[3], y))
         sum1 = to_f32(dot(q[4], q[5], q[6], q[7], y + 16))
         acc = fma(sum0, d0 * broadcast_f32(y + 32), acc)
         acc = fma(sum1, d1 * broadcast_f32(y + 36), acc)
-        acc = fma(m0, broadcast_f32(y + 40), acc)
-        return fma(m1, broadcast_f32(y + 44), acc)
+        acc = fma(m0, scaled_sum(y, 0), acc)
+        return fma(m1, scaled_sum(y, 1), acc)
 
     @inline
-    def unpack16(w, to):
+    def unpack(w, to):
         q, d0, d1, m0, m1 = w
         store_half(to, q[0], q[1], q[2], q[3], d0)
         store_half(to + 160, q[4], q[5], q[6], q[7], d1)
@@ -65,11 +141,27 @@ def _block_functions(format_):
         store_f32x8(to + 352, m1)
 
     @inline
-    def offset16(panel, y, acc):
-        acc = fma(load_f32x8(panel + 320), broadcast_f32(y + 40), acc)
-        return fma(load_f32x8(panel + 352), broadcast_f32(y + 44), acc)
+    def spread(y, to):
+        spread_halves(y, to)
+        store_f32x8(to + 320, scaled_sum(y, 0))
+        store_f32x8(to + 352, scaled_sum(y, 1))
 
-    return load, accumulate16, unpack16, offset16, 384
+    @inline
+    def multiply(sums, w, y):
+        sums = add(sums, w, y)
+        sums = add(sums, w + 160, y + 160)
+        sums = add_offset(sums, w + 320, y + 320)
+        return add_offset(sums, w + 352, y + 352)
+
+    return accumulate, unpack, spread, multiply
+
+
+@inline
+def spread_halves(y, to):
+    spread16(to, y)
+    store_f32x8(to + 128, broadcast_f32(y + 32))
+    spread16(to + 160, y + 16)
+    store_f32x8(to + 288, broadcast_f32(y + 36))
 
 
 @inline
@@ -82,10 +174,10 @@ def store_half(to, a, b, c, d, scale):
 
 
 def strip_functions(format_name):
-    """(stream, batch): a strip of 32 rows for one token from the packed form, and for many."""
+    """(stream, batch): a strip of 32 rows for one token from the packed form, and many for many."""
     format_ = LOADS[format_name]
-    load, accumulate, unpack, offset, panel_nbytes = _block_functions(format_)
-    dot = dot16(format_.bits)
+    load = format_.load
+    accumulate, unpack, spread, multiply, nbytes = _block_functions(format_)
     block_nbytes = FORMATS[format_name].group_nbytes(256) // 8
     prefetch_ahead = 3072
 
@@ -106,116 +198,59 @@ def strip_functions(format_name):
             finish2(out + pair * 64, a, b, residual, bias, row + pair * 16)
 
     @inline
-    def tile(out, out_stride, y, y_stride, panel, n_blocks, residual, bias, row):
-        """8 rows x 8 tokens from the panel, 16 columns at a time."""
-        a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = zero_f32x8()
-        y3 = y + 3 * y_stride
-        y6 = y3 + 3 * y_stride
-        for _ in range(n_blocks):
-            for half in range(2):
-                at = panel + half * 160
-                p = load_bytes32(at)
-                q = load_bytes32(at + 32)
-                r = load_bytes32(at + 64)
-                s = load_bytes32(at + 96)
-                d = load_f32x8(at + 128)
-                z = half * 16
-                h = 32 + half * 4
-                a0 = fma(to_f32(dot(p, q, r, s, y + z)), d * broadcast_f32(y + h), a0)
-                a1 = fma(
-                    to_f32(dot(p, q, r, s, y + y_stride + z)),
-                    d * broadcast_f32(y + y_stride + h),
-                    a1,
-                )
-                a2 = fma(
-                    to_f32(dot(p, q, r, s, y + 2 * y_stride + z)),
-                    d * broadcast_f32(y + 2 * y_stride + h),
-                    a2,
-                )
-                a3 = fma(to_f32(dot(p, q, r, s, y3 + z)), d * broadcast_f32(y3 + h), a3)
-                a4 = fma(
-                    to_f32(dot(p, q, r, s, y3 + y_stride + z)),
-                    d * broadcast_f32(y3 + y_stride + h),
-                    a4,
-                )
-                a5 = fma(
-                    to_f32(dot(p, q, r, s, y3 + 2 * y_stride + z)),
-                    d * broadcast_f32(y3 + 2 * y_stride + h),
-                    a5,
-                )
-                a6 = fma(to_f32(dot(p, q, r, s, y6 + z)), d * broadcast_f32(y6 + h), a6)
-                a7 = fma(
-                    to_f32(dot(p, q, r, s, y6 + y_stride + z)),
-                    d * broadcast_f32(y6 + y_stride + h),
-                    a7,
-                )
-            a0 = offset(panel, y, a0)
-            a1 = offset(panel, y + y_stride, a1)
-            a2 = offset(panel, y + 2 * y_stride, a2)
-            a3 = offset(panel, y3, a3)
-            a4 = offset(panel, y3 + y_stride, a4)
-            a5 = offset(panel, y3 + 2 * y_stride, a5)
-            a6 = offset(panel, y6, a6)
-            a7 = offset(panel, y6 + y_stride, a7)
-            y += I8_NBYTES
-            y3 += I8_NBYTES
-            y6 += I8_NBYTES
-            panel += panel_nbytes
-        finish(out, a0, residual, bias, row)
-        out += out_stride
-        finish(out, a1, residual, bias, row)
-        out += out_stride
-        finish(out, a2, residual, bias, row)
-        out += out_stride
-        finish(out, a3, residual, bias, row)
-        out += out_stride
-        finish(out, a4, residual, bias, row)
-        out += out_stride
-        finish(out, a5, residual, bias, row)
-        out += out_stride
-        finish(out, a6, residual, bias, row)
-        out += out_stride
-        finish(out, a7, residual, bias, row)
-
-    @inline
-    def tail(out, y, panel, n_blocks, residual, bias, row):
-        acc = zero_f32x8()
-        for _ in range(n_blocks):
-            for half in range(2):
-                at = panel + half * 160
-                s = dot(
-                    load_bytes32(at), load_bytes32(at + 32), load_bytes32(at + 64),
-                    load_bytes32(at + 96), y + half * 16,
-                )  # fmt: skip
-                acc = fma(to_f32(s), load_f32x8(at + 128) * broadcast_f32(y + 32 + half * 4), acc)
-            acc = offset(panel, y, acc)
-            y += I8_NBYTES
-            panel += panel_nbytes
-        finish(out, acc, residual, bias, row)
-
-    @inline
     def batch(
-        out, out_stride, y, y_stride, count, packed, group, n_blocks, scratch, residual, bias, row
-    ):
-        for g in range(4):
-            for k in range(n_blocks):
-                to = scratch + (g * n_blocks + k) * panel_nbytes
-                unpack(load(packed + g * group, k), to)
-        t = 0
-        while t < count:
-            for g in range(4):
-                panel = scratch + g * n_blocks * panel_nbytes
-                to = out + t * out_stride + g * 32
-                x = y + t * y_stride
-                if t + TILE <= count:
-                    tile(to, out_stride, x, y_stride, panel, n_blocks, residual, bias, row + g * 8)
-                else:
-                    for i in range(count - t):
-                        tail(
-                            to + i * out_stride, x + i * y_stride, panel, n_blocks,
-                            residual, bias, row + g * 8,
-                        )  # fmt: skip
-            t += TILE
+        out, out_stride, y, y_stride, count, w, group, n_blocks, scratch, residual, bias,
+        first_strip, last_strip,
+    ):  # fmt: skip
+        for strip in range(first_strip, last_strip, STRIPS):
+            n_groups = 4 * min(STRIPS, last_strip - strip)
+            for first in range(0, count, ROUND):
+                multiply_round(
+                    out, out_stride, y, y_stride, count, first, min(count, first + ROUND),
+                    w + strip * 4 * group, group, n_blocks, scratch, residual, bias, strip * STRIP,
+                    n_groups,
+                )  # fmt: skip
+
+    @inline
+    def multiply_round(
+        out, out_stride, y, y_stride, count, first, end, packed, group, n_blocks, scratch,
+        residual, bias, row, n_groups,
+    ):  # fmt: skip
+        """Tokens [first, end) times `n_groups` groups; the last tile may overlap the one before."""
+        tokens = scratch
+        panel = tokens + TILE * CHUNK * nbytes
+        sums = panel + n_groups * CHUNK * nbytes
+        for block in range(0, n_blocks, CHUNK):
+            n = min(CHUNK, n_blocks - block)
+            for g in range(n_groups):
+                for k in range(n):
+                    # A chunk of a group is too short for the CPU to see what will be read next.
+                    ahead = packed + (g + 3) * group + (block + k) * block_nbytes
+                    for i in range(0, block_nbytes, 64):
+                        prefetch(ahead + i)
+                    to = panel + (g * CHUNK + k) * nbytes
+                    unpack(load(packed + g * group, block + k), to)
+            at = sums
+            for t in range(first, end, TILE):
+                start = min(t, count - TILE)
+                for i in range(TILE):
+                    x = y + (start + i) * y_stride + block * I8_NBYTES
+                    for k in range(n):
+                        spread(x + k * I8_NBYTES, tokens + (k * TILE + i) * nbytes)
+                for g in range(n_groups):
+                    w = panel + g * CHUNK * nbytes
+                    x = tokens
+                    tile = zero_sums() if block == 0 else load_sums(at)
+                    for _ in range(n):
+                        tile = multiply(tile, w, x)
+                        w += nbytes
+                        x += TILE * nbytes
+                    store_sums(at, 0, tile)
+                    if block + n == n_blocks:
+                        for i in range(t - start, TILE):
+                            to = out + (start + i) * out_stride + (row + g * 8) * 4
+                            finish(to, load_f32x8(at + i * 32), residual, bias, row + g * 8)
+                    at += TILE * 32
 
     return stream, batch
 
@@ -223,8 +258,10 @@ def strip_functions(format_name):
 def row_function(format_name):
     """columns(w, block, lane, to, scratch): 32 weights of row `lane` of a group as floats."""
     format_ = LOADS[format_name]
-    load, _, unpack, _, _ = _block_functions(format_)
-    groups = format_.groups
+    load = format_.load
+    _, unpack, *_ = _block_functions(format_)
+    centre = format_.centre
+    minimums = format_.minimums
 
     @inline
     def columns(w, block, lane, to, scratch):
@@ -232,15 +269,14 @@ def row_function(format_name):
         for i in range(32):
             half = i // 16
             at = scratch + half * 160
-            q = load_u8(at + (i % 16 // 4) * 32 + lane * 4 + i % 4)
-            m = scratch + 320 + lane * 4
-            if groups == 2:
-                m += half * 32
-            value = fma(
-                splat_f32(np.float32(q)),
-                splat_f32(load_f32(at + 128 + lane * 4)),
-                splat_f32(load_f32(m)),
-            )
-            store_f32(to + i * 4, first_lane(value))
+            q = load_u8(at + (i % 16 // 4) * 32 + lane * 4 + i % 4) - centre
+            d = load_f32(at + 128 + lane * 4)
+            value = np.float32(q) * d
+            if minimums != 0:
+                m = scratch + 320 + lane * 4 + half * 32 * (minimums - 1)
+                value = first_lane(
+                    fma(splat_f32(np.float32(q)), splat_f32(d), splat_f32(load_f32(m)))
+                )
+            store_f32(to + i * 4, value)
 
     return columns

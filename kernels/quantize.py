@@ -2,11 +2,11 @@
 
 Per 32 columns a row holds
 
-    i8    y i8 (32,) | yd f32 (2,) | ys f32 (2,) | ys0 + ys1 f32          52 bytes, a scale per 16
+    i8    y i8 (32,) | yd f32 (2,) | n i32 (2,) | yd0 n0 + yd1 n1 f32     52 bytes, a scale per 16
     i16   y i16 (32,) | yd f32                                            68 bytes, a scale per 32
 
-with yd = max|x| / 127 (or 32767) and y = round(x / yd) to nearest even; ys is yd times the sum of y,
-which formats of unsigned weights need.  Weights of up to 6 bits take bytes: a scale per 16 instead of
+with yd = max|x| / 127 (or 32767) and y = round(x / yd) to nearest even; n is the sum of y, which
+formats of unsigned weights need.  Weights of up to 6 bits take bytes: a scale per 16 instead of
 32 columns halves the divergence from float activations (mean KL 0.0013 instead of 0.0026 on
 SmolLM2-135M Q4_1) for 10 % of prefill.  Weights of 8 bits take words, which lose nothing that matters.
 """
@@ -28,12 +28,12 @@ def peak_to(limit, peak):
 
 @inline
 def quantize_16(y, a, b):
-    """Write 16 bytes; return their scale and its product with their sum."""
+    """Write 16 bytes; return their scale and their sum."""
     inverse, scale = peak_to(np.float32(127.0), max_lanes(maximum(absolute(a), absolute(b))))
     total = sum_lanes_i32(
         store_rounded_i8x8(y, a * inverse) + store_rounded_i8x8(y + 8, b * inverse)
     )
-    return scale, scale * np.float32(total)
+    return scale, total
 
 
 @inline
@@ -42,13 +42,13 @@ def quantize_i8(y, x, n_blocks):
     for k in range(n_blocks):
         at = x + k * 128
         to = y + k * I8_NBYTES
-        d0, s0 = quantize_16(to, load_f32x8(at), load_f32x8(at + 32))
-        d1, s1 = quantize_16(to + 16, load_f32x8(at + 64), load_f32x8(at + 96))
+        d0, n0 = quantize_16(to, load_f32x8(at), load_f32x8(at + 32))
+        d1, n1 = quantize_16(to + 16, load_f32x8(at + 64), load_f32x8(at + 96))
         store_f32(to + 32, d0)
         store_f32(to + 36, d1)
-        store_f32(to + 40, s0)
-        store_f32(to + 44, s1)
-        store_f32(to + 48, s0 + s1)
+        store_i32(to + 40, n0)
+        store_i32(to + 44, n1)
+        store_f32(to + 48, d0 * np.float32(n0) + d1 * np.float32(n1))
 
 
 @inline

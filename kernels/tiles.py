@@ -150,3 +150,45 @@ def word_tile_operations(rows, columns):
         operation(tile_type, _add_products(multiply_add, i32)),
         operation(_tiles[rows * columns], add_floats),
     )
+
+
+def byte_tile_operations(tokens, bits, stride):
+    """Return add(tile, w, y), add_centred(tile, w, y, c), add_offset(tile, m, y): 8 rows, a column per token.
+
+    `add` adds the products of 16 columns: at `w` four byte vectors of codes below 2**bits, and the f32 d
+    of 8 rows; at `y`, and `stride` bytes on for each further token, its bytes as `spread16` writes them,
+    and its scale in 8 lanes.  `add_centred` takes off what `centre16` wrote at `c`.  `add_offset` adds
+    the 8 floats at `m` times those at `y`.
+    """
+
+    def at(builder, address, nbytes, ir_type):
+        return load(builder, builder.add(address, i64(nbytes)), ir_type)
+
+    def add(builder, tile, w, y):
+        return add_centred(builder, tile, w, y, None)
+
+    def add_centred(builder, tile, w, y, c):
+        codes = [at(builder, w, 32 * k, vector(i8, 32)) for k in range(4)]
+        d = at(builder, w, 128, vector(f32, 8))
+        sums = _values(builder, tile)
+        for t in range(tokens):
+            columns = vectors.lowering.spread_columns(builder, builder.add(y, i64(t * stride)))
+            if c is None:
+                total = vectors.lowering.dot16(builder, codes, columns, bits)
+            else:
+                centre = builder.add(c, i64(t * stride))
+                total = vectors.lowering.centred16(builder, codes, columns, centre, bits)
+            scale = builder.fmul(d, at(builder, y, t * stride + 128, vector(f32, 8)))
+            value = builder.sitofp(total, vector(f32, 8))
+            sums[t] = vectors.lowering.fma(builder, value, scale, sums[t])
+        return _as_tile(builder, sums)
+
+    def add_offset(builder, tile, m, y):
+        m = load(builder, m, vector(f32, 8))
+        sums = _values(builder, tile)
+        for t in range(tokens):
+            ys = at(builder, y, t * stride, vector(f32, 8))
+            sums[t] = vectors.lowering.fma(builder, m, ys, sums[t])
+        return _as_tile(builder, sums)
+
+    return tuple(operation(_tiles[tokens], emit) for emit in (add, add_centred, add_offset))

@@ -1,18 +1,17 @@
-"""Compare our logits of every family with those of transformers and of llama.cpp; no part of CI.
+"""Compare our logits of every family with those of transformers; no part of CI.
 
 Each of the small checkpoints of `checkpoints.py` is loaded by transformers, saved by it, planned and
-converted by us, and evaluated by all three in f32; a difference is relative to the largest logit.
+converted by us, and evaluated by both in f32; a difference is relative to the largest logit.
 
-    python tests/compare_transformers.py [--peer PYTHON] [FAMILY ...]
+    python tests/compare_transformers.py [FAMILY ...]
 
-needs torch and transformers; `--peer` is the Python of an environment that has llama-cpp-python.
+needs torch and transformers.  `compare_llama_cpp.py` does the same with llama.cpp.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,6 @@ from naive_hf import NaiveCheckpoint
 from test_families import IDS, open_engine
 
 from edgellama.convert.families import plan
-
-ROWS = {"mistral": (40, "has no window for llama"), "phi3": (47, "has switched off Phi's window")}
-"""Families of which llama.cpp agrees on the first rows only, and why."""
-WRONG = {"gemma2-scale": "does not read attention.scale for gemma2"}
-
-_PEER = """
-import sys, numpy as np, llama_cpp
-path, ids, out = sys.argv[1], [int(i) for i in sys.argv[2].split(",")], sys.argv[3]
-llm = llama_cpp.Llama(path, n_ctx=1024, n_batch=512, logits_all=True, type_k=0, type_v=0, verbose=False)
-llm.eval(ids)
-np.save(out, np.array(llm.scores[: len(ids)]))
-"""
 
 
 def unpacked(c: dict[str, Any], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -85,7 +72,7 @@ def transformers_logits(
         return np.asarray(model(torch.tensor([IDS])).logits[0])
 
 
-def compare(family: str, folder: Path, peer: str | None) -> str:
+def compare(family: str, folder: Path) -> str:
     """Return a line of figures."""
     from safetensors.numpy import load_file
 
@@ -108,33 +95,20 @@ def compare(family: str, folder: Path, peer: str | None) -> str:
     def difference(a: np.ndarray, b: np.ndarray) -> str:
         return f"{np.abs(a - b).max():.1e} ({np.abs(a - b).max() / size:.1e})"
 
-    line = f"| {family} | {size:.1f} | {difference(ours, theirs)} "
-    line += f"| {difference(NaiveCheckpoint(config, weights).logits(IDS), theirs)} "
-    if peer is None:
-        return line + "|"
-    out = folder / "peer.npy"
-    command = [peer, "-c", _PEER, str(path), ",".join(map(str, IDS)), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return f"{line}| does not load: {done.stderr.strip().splitlines()[-1]} |"
-    n, reason = ROWS.get(family, (len(IDS), WRONG.get(family, "")))
-    note = f"; {n} rows: llama.cpp {reason}" if reason else ""
-    return f"{line}| {difference(ours[:n], np.load(out)[:n])}{note} |"
+    oracle = NaiveCheckpoint(config, weights).logits(IDS)
+    return f"| {family} | {size:.1f} | {difference(ours, theirs)} | {difference(oracle, theirs)} |"
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=list(CONFIGS))
-    parser.add_argument("--peer", help="Python with llama-cpp-python")
     arguments = parser.parse_args()
-    print(
-        "| family | largest logit | ours - transformers | oracle - transformers | ours - llama.cpp |"
-    )
-    print("|---|---|---|---|---|")
+    print("| family | largest logit | ours - transformers | oracle - transformers |")
+    print("|---|---|---|---|")
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
-            print(compare(family, Path(folder), arguments.peer), flush=True)
+            print(compare(family, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def after(seconds: float, action: Callable[[], object]) -> threading.Timer:
 
 
 def users(engine: Engine) -> list[int]:
-    return list(engine._cache._n_users)
+    return [n for group in engine._cache.groups for n in group._n_users]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])

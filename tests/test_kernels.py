@@ -92,7 +92,11 @@ def test_images_refuse_what_they_cannot_resolve() -> None:
 
 # --- arithmetic -----------------------------------------------------------------------------------
 def project(
-    format_name: str, raw: np.ndarray, x: np.ndarray, residual: np.ndarray | None = None
+    format_name: str,
+    raw: np.ndarray,
+    x: np.ndarray,
+    residual: np.ndarray | None = None,
+    per_part: int = 1,
 ) -> np.ndarray:
     """x (T, n_cols) times the rows of `raw` (n_rows, row bytes), plus a residual, by the kernels."""
     format_ = FORMATS[format_name]
@@ -117,8 +121,9 @@ def project(
         table[1], pack[names[1]],
         {"out": out.ctypes.data, "out_stride": out.strides[0], "x": source.ctypes.data,
          "x_stride": source.strides[0], "w": packed.ctypes.data, "bias": 0, "n_blocks": n_blocks,
-         "n_strips": n_rows // STRIP, "per_part": 1, "residual": int(residual is not None)},
-        parts=n_rows // STRIP, tokens=1 << 30, wait=1,
+         "n_strips": n_rows // STRIP, "per_part": per_part,
+         "residual": int(residual is not None)},
+        parts=-(-n_rows // STRIP // per_part), tokens=1 << 30, wait=1,
     )  # fmt: skip
     step = np.zeros(layout.STEP_NBYTES // 8, np.int64)
     step[layout.STEP_N_TOKENS // 8] = n_tokens
@@ -131,8 +136,9 @@ def project(
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_largest_codes_times_largest_activations(format_name: str, sign: float) -> None:
-    """Nothing saturates: every code at its largest, every activation at the end of its range."""
+@pytest.mark.parametrize("code", [0xFF, 0x00])
+def test_codes_and_activations_at_their_ends(format_name: str, code: int, sign: float) -> None:
+    """Nothing saturates: every code at its largest or smallest, every activation at an end of its range."""
     import gguf
 
     n_rows, n_cols = STRIP, 512
@@ -144,15 +150,27 @@ def test_largest_codes_times_largest_activations(format_name: str, sign: float) 
         kept = scales.get(format_name, slice(0, 16 if format_name[-1] == "k" else 4))
         codes = np.ones(blocks.shape[1], bool)
         codes[kept] = False
-        blocks[:, codes] = 0x7F if format_name == "q8_0" else 0xFF
+        blocks[:, codes] = code ^ 0x80 if format_name == "q8_0" else code
     weights = gguf.quants.dequantize(raw, kind).astype(np.float64)
     x = np.full((13, n_cols), sign, np.float32)
     out = project(format_name, raw, x)
     exact = x.astype(np.float64) @ weights.T
     scale = np.abs(weights).sum(axis=1)
-    assert (np.abs(out - exact) / scale).max() < 3e-6
+    assert (np.abs(out - exact) <= 3e-6 * scale).all()
     assert (out == out[0]).all()  # tiles and tails alike
     assert np.array_equal(project(format_name, raw, x[:1])[0], out[0])
+
+
+@pytest.mark.parametrize("format_name", ["q4_1", "q6_k"])
+def test_rounds_of_tokens_chunks_of_columns_and_many_strips(format_name: str) -> None:
+    """More tokens, columns and rows than byte kernels take at a time, and not a multiple of it."""
+    rng = np.random.default_rng(2)
+    n_cols = {"q4_1": 544, "q6_k": 768}[format_name]
+    raw = random_blocks(format_name, 11 * STRIP, n_cols, rng)
+    x = rng.standard_normal((523, n_cols)).astype(np.float32)
+    out = project(format_name, raw, x, per_part=10)
+    for t in (0, 5, 515, 516, 517, 522):
+        assert np.array_equal(project(format_name, raw, x[t : t + 1])[0], out[t]), t
 
 
 @pytest.mark.parametrize("format_name", ["f16", "q8_0", "q4_1"])

@@ -51,7 +51,7 @@ class Hostile:
 
 
 def all_free(llm: LLM) -> bool:
-    return not any(llm._engine._cache._n_users)
+    return not any(n for group in llm._engine._cache.groups for n in group._n_users)
 
 
 # --- a real model ---------------------------------------------------------------------------------

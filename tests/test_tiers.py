@@ -23,13 +23,13 @@ for name in sys.argv[2:]:
     print("# operation", machine.emit_assembly(module), sep="\\n")
 """
 PRODUCTS = {
-    "x86-64-v3": ({"vpmaddubsw": 32, "vpmaddwd": 16}, {"vpmaddwd"}),
-    "x86-64-avxvnni": ({"vpdpbusd": 32}, {"vpdpwssd"}),
-    "x86-64-avx512vnni": ({"vpdpbusd": 32}, {"vpdpwssd"}),
-    "arm64-neon": ({"smull": 16, "smull2": 16, "smlal": 48, "smlal2": 48}, {"smlal", "smlal2"}),
-    "arm64-dotprod": ({"sdot": 64}, {"smlal", "smlal2"}),
+    "x86-64-v3": ({"vpmaddubsw": 48, "vpmaddwd": 12}, {"vpmaddwd"}),
+    "x86-64-avxvnni": ({"vpdpbusd": 48}, {"vpdpwssd"}),
+    "x86-64-avx512vnni": ({"vpdpbusd": 48}, {"vpdpwssd"}),
+    "arm64-neon": ({"smull": 24, "smull2": 24, "smlal": 72, "smlal2": 72}, {"smlal", "smlal2"}),
+    "arm64-dotprod": ({"sdot": 96}, {"smlal", "smlal2"}),
 }
-"""Of bytes: what stands in the tile's inner loop (8 rows x 8 tokens x 16 columns); of words: anywhere."""
+"""Of bytes: what stands in the tile's inner loop (8 rows x 6 tokens x 32 columns); of words: anywhere."""
 PRODUCT = re.compile(r"\t(?:\{vex\}\s+)?(vpdp\w+|vpmadd\w+|[su]dot|[su]ml\wl2?|[su]mull2?)\t")
 
 

@@ -69,7 +69,7 @@ def test_measured_once_and_the_same_results(tmp_path: Path, counts, monkeypatch)
         assert (again._threads, again.n_threads) == (threads, max(threads))
         assert np.array_equal(again.logits(ids), expected)
         assert np.array_equal(again.evaluate(again.new_sequence(), [0]), expected[0])
-        assert not any(again._cache._n_users[2:])
+        assert not any(again._cache.groups[0]._n_users[2:])
         again.close()
     engine.close()
 

@@ -18,7 +18,7 @@ import click
 from edgellama.errors import EdgeLlamaError, UsageError
 
 from . import plain
-from .options import GroupedCommand, model_options, open_model, sampling_options
+from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
 
 if TYPE_CHECKING:
     from edgellama.generation import Delta
@@ -49,6 +49,7 @@ Ctrl-C stops an answer, and on an empty line, twice, leaves.  A space before / m
 @click.option("--load", type=click.Path(path_type=Path), metavar="FILE", help="Go on with a chat.")
 @model_options
 @sampling_options
+@grammar_options
 def command(model: str | None, system: str | None, load: Path | None, **options: Any) -> None:
     """Chat with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 

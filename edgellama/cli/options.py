@@ -8,6 +8,7 @@ user said nothing: then the model file decides, or the default in brackets.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_SAMPLING, _REPETITION = "Sampling", "Repetition"
+_SAMPLING, _REPETITION, _FORM = "Sampling", "Repetition", "Form of the answer"
 # Flag, name, type, group, help.
 _OPTIONS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("--temp", "temperature", float, _SAMPLING, "Temperature; 0 is greedy [0.8]."),
@@ -144,6 +145,48 @@ def sampling_options(command: _Command) -> _Command:
         )
         command = option(command)
     return command
+
+
+def grammar_options(command: _Command) -> _Command:
+    """Add the options of what an answer has to look like to a command."""
+    options = [
+        click.option(
+            "--json", "response_format", is_flag=True, cls=_Option, group=_FORM,
+            callback=lambda ctx, parameter, value: {"type": "json_object"} if value else None,
+            help="A JSON object.",
+        ),
+        click.option(
+            "--json-schema", metavar="FILE", cls=_Option, group=_FORM, callback=_read_file,
+            help="JSON of this JSON Schema; - reads stdin.",
+        ),
+        click.option(
+            "--grammar", metavar="FILE", cls=_Option, group=_FORM, callback=_read_file,
+            help="A text of this grammar, Lark or GBNF; - reads stdin.",
+        ),
+        click.option(
+            "--regex", metavar="REGEX", cls=_Option, group=_FORM,
+            help="A text that this regular expression matches.",
+        ),
+        click.option(
+            "--choice", "choices", multiple=True, metavar="TEXT", cls=_Option, group=_FORM,
+            callback=lambda ctx, parameter, value: value or None,
+            help="One of these texts; may be repeated.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _read_file(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    name = f"--{(parameter.name or '').replace('_', '-')}"
+    data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} {value} is no UTF-8 text: {error.reason}") from None
 
 
 def _read_breakers(

@@ -10,7 +10,7 @@ import click
 
 from edgellama.errors import UsageError
 
-from .options import GroupedCommand, model_options, open_model, sampling_options
+from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
 
 
 @click.command(cls=GroupedCommand)
@@ -25,6 +25,7 @@ from .options import GroupedCommand, model_options, open_model, sampling_options
 @model_options
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 @sampling_options
+@grammar_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
     stop: tuple[str, ...], stats: bool, **given: Any,

@@ -28,11 +28,12 @@ from edgellama.errors import (
 )
 from edgellama.gguf import GGUFFile
 from edgellama.kernels import targets, team
+from edgellama.kernels.layout import PAGE
 from edgellama.models.config import ModelConfig
 from edgellama.models.rope import RopeConfig
 from edgellama.progress import progress
 
-from .kvcache import PAGE, KVCache, Sequence
+from .kvcache import KVCache, Sequence
 from .lowering import compile_program
 from .packs import load_pack
 from .rope import rope_table
@@ -97,14 +98,15 @@ class Engine:
         on_loading()
         with progress("Loading weights", total) as advance:
             self._weights.load(self._pack, self._team, advance)
-        n_pages = 2 * -(-n_ctx // PAGE)  # as much again, to remember earlier prefixes
         self._cache = KVCache(
-            n_layers=config.n_layers,
+            windows=config.windows,
             n_kv_heads=config.n_kv_heads,
             head_size=config.head_size,
-            n_pages=n_pages,
             kv_type=kv_type,
+            n_ctx=n_ctx,
+            n_batch=self.n_batch,
         )
+        self._table_shape = self._cache.table_shape
         self._ropes: dict[RopeConfig, np.ndarray] = {}
         for rope in (config.rope, config.rope_local):
             if rope is not None:
@@ -134,7 +136,7 @@ class Engine:
     # --- sequences --------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
         """Begin an empty sequence."""
-        return Sequence(self.n_ctx)
+        return Sequence(np.full(self._table_shape, -1, np.int32))
 
     def fork(self, sequence: Sequence) -> Sequence:
         """Begin a sequence with the tokens of another one, on its pages; nothing is computed.
@@ -145,7 +147,7 @@ class Engine:
             return self._cache.fork(sequence)
 
     def free(self, sequence: Sequence) -> None:
-        """Forget a sequence; its full pages stay known until their room is needed.
+        """Forget a sequence; its pages stay known until their room is needed.
 
         This may come from the end of an abandoned generator, which the garbage collector chooses: also
         in the middle of a step of this very thread. So it never waits.
@@ -161,7 +163,7 @@ class Engine:
         while self._freed:
             sequence = self._freed.popleft()
             if not self._closed:
-                self._cache.truncate(sequence, 0)
+                self._cache.free(sequence)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -179,14 +181,20 @@ class Engine:
                     self._release()
 
     def truncate(self, sequence: Sequence, n_tokens: int) -> None:
-        """Go back to the first `n_tokens` tokens; nothing is computed.
+        """Go back to the first `n_tokens` tokens.
 
-        Raises: UsageError when the sequence is shorter.
+        Nothing is computed, unless a layer with a window has given back what it saw then: it keeps 128
+        positions more than it sees.  Raises: UsageError when the sequence is shorter.
         """
         if not 0 <= n_tokens <= len(sequence.tokens):
             raise UsageError(f"the sequence has {len(sequence.tokens)} tokens, not {n_tokens}")
         with self._locked():
-            self._cache.truncate(sequence, n_tokens)
+            if self._cache.holds(sequence, n_tokens):
+                self._cache.truncate(sequence, n_tokens)
+                return
+            ids = sequence.tokens[:n_tokens]
+            self._cache.truncate(sequence, 0)
+            self._evaluate([(sequence, ids)])
 
     def abort(self) -> None:
         """End the running step from another thread, or if none runs, the next one.
@@ -253,13 +261,24 @@ class Engine:
         with self._locked():
             for sequence, ids in batch:
                 self._check(sequence, ids)
-            before = [len(sequence.tokens) for sequence, _ in batch]
-            try:
+            with self._all_or_nothing([sequence for sequence, _ in batch]):
                 return self._evaluate(batch)
-            except BaseException:
-                for (sequence, _), n_tokens in zip(batch, before, strict=True):
-                    self._cache.truncate(sequence, n_tokens)
-                raise
+
+    @contextmanager
+    def _all_or_nothing(self, sequences: SequenceOf[Sequence]) -> Iterator[None]:
+        """Leave sequences as they were when an exception comes."""
+        for sequence in sequences:
+            sequence.n_before = len(sequence.tokens)
+        try:
+            yield
+        except BaseException:
+            for sequence in sequences:
+                self._cache.truncate(sequence, sequence.n_before)
+            raise
+        finally:
+            for sequence in sequences:
+                sequence.n_before = 0
+                self._cache.slide(sequence)
 
     def _evaluate(self, batch: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> np.ndarray:
         logits = np.empty((len(batch), self.n_vocab), np.float32)
@@ -302,20 +321,14 @@ class Engine:
         with self._locked():
             self._check(sequence, ids)
             out = np.empty((len(ids), self.n_vocab), np.float32)
-            before = len(sequence.tokens)
-            try:
-                start = 0
-                while start < len(ids):
+            with self._all_or_nothing([sequence]):
+                for start in range(0, len(ids), self.n_batch):
                     chunk = ids[start : start + self.n_batch]
                     self._stage([(sequence, chunk)], [True])
                     self._run(0, self._head_first)
                     self._cache.commit(sequence, chunk)
                     for first, rows in self._head(list(range(len(chunk)))):
                         out[start + first : start + first + len(rows)] = rows
-                    start += len(chunk)
-            except BaseException:
-                self._cache.truncate(sequence, before)
-                raise
         return out
 
     def hidden(self, texts: SequenceOf[SequenceOf[int]]) -> list[np.ndarray]:
@@ -328,7 +341,7 @@ class Engine:
         live: dict[int, Sequence] = {}
         with self._locked():
             try:
-                for pieces in _packed(map(len, texts), self.n_batch):
+                for pieces in _packed(map(len, texts), self.n_batch, self._cache.n_pages):
                     batch = [
                         (live.setdefault(i, self.new_sequence()), texts[i][start:stop])
                         for i, start, stop in pieces
@@ -446,19 +459,21 @@ class Engine:
             return times
 
 
-def _packed(sizes: Iterable[int], room: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield steps of up to `room` tokens: (text, start, stop) of the pieces in each."""
+def _packed(sizes: Iterable[int], room: int, n_pages: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield steps of up to `room` tokens on `n_pages` pages: (text, start, stop) of their pieces."""
     step: list[tuple[int, int, int]] = []
-    left = room
+    left, pages_left = room, n_pages
     for i, size in enumerate(sizes):
         start = 0
         while start < size:
             stop = min(size, start + left)
+            pages_left -= -(-stop // PAGE)
+            if not left or (step and pages_left < 0):
+                yield step
+                step, left, pages_left = [], room, n_pages
+                continue
             step.append((i, start, stop))
             left -= stop - start
             start = stop
-            if not left:
-                yield step
-                step, left = [], room
     if step:
         yield step

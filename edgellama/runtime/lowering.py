@@ -262,9 +262,7 @@ class _Lowering:
                 {
                     "k": self._arena.floats[k], "k_stride": self._arena.floats[k].stride,
                     "v": self._arena.floats[v], "v_stride": self._arena.floats[v].stride,
-                    "cache": Cache(node.settings["layer"]),
-                    "head_nbytes": Cache(size="head_nbytes"),
-                    "page_nbytes": Cache(size="page_nbytes"),
+                    **_cache_arguments(node.settings["layer"]),
                     "n_heads": self._config.n_kv_heads, "head_size": self._config.head_size,
                 },
             ),
@@ -284,9 +282,7 @@ class _Lowering:
                 {
                     "out": out, "out_stride": out.stride,
                     "q": self._arena.floats[q], "q_stride": self._arena.floats[q].stride,
-                    "cache": Cache(node.settings["layer"]),
-                    "cache_stride": Cache(size="head_nbytes"),
-                    "page_nbytes": Cache(size="page_nbytes"),
+                    **_cache_arguments(node.settings["layer"]),
                     "partials": partials, "partials_stride": partials.stride,
                     "n_kv_heads": c.n_kv_heads, "n_group": c.n_heads // c.n_kv_heads,
                     "head_size": c.head_size, "window": node.settings["window"],
@@ -371,6 +367,13 @@ class _Lowering:
         self._arena.used(x)
 
     _lower_scale = _lower_soft_cap
+
+
+def _cache_arguments(layer: int) -> dict[str, Argument]:
+    return {
+        "cache": Cache(layer, "pages"), "cache_stride": Cache(layer, "stride"),
+        "page_nbytes": Cache(layer, "page_nbytes"), "table_offset": Cache(layer, "table_offset"),
+    }  # fmt: skip
 
 
 def _form_arguments(forms: dict[str, Slot]) -> dict[str, Argument]:

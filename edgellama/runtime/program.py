@@ -17,6 +17,7 @@ from edgellama.kernels.team import fill_record
 from edgellama.models.rope import RopeConfig
 
 from .arena import Slot
+from .kvcache import Layer
 from .memory import small_pages
 
 
@@ -27,10 +28,10 @@ class Weight(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The address of a layer's pages, or without a layer a size of the cache by its name."""
+    """Where the cache has a layer: a field of `kvcache.Layer` by its name."""
 
-    layer: int = -1
-    size: str = ""
+    layer: int
+    field: str
 
 
 Argument = int | float | Slot | Weight | Cache | RopeConfig
@@ -57,14 +58,10 @@ class WeightPlaces(Protocol):
     def address(self, name: str) -> int: ...
 
 
-class KVShape(Protocol):
+class KVPlaces(Protocol):
     """What a program needs to know of the cache."""
 
-    kv_type: str
-    head_nbytes: int
-    page_nbytes: int
-
-    def layer_address(self, layer: int) -> int: ...
+    def layer(self, layer: int) -> Layer: ...
 
 
 class Program(NamedTuple):
@@ -107,7 +104,8 @@ class Program(NamedTuple):
         for record in self.records:
             a = record.arguments
             if record.operation.startswith("matmul.project"):
-                most = max(most, 512 + int(a["n_blocks"]) * 2048)  # type: ignore[arg-type]
+                panel = 512 + int(a["n_blocks"]) * 2048  # type: ignore[arg-type]
+                most = max(most, layout.I8_SCRATCH_NBYTES, panel)
             if record.operation.startswith("attention.attend"):
                 row = 4 * padded(int(a["head_size"]))  # type: ignore[arg-type]
                 states = 8 * layout.SPLIT_TOKENS * int(a["n_group"])  # type: ignore[arg-type]
@@ -118,7 +116,7 @@ class Program(NamedTuple):
         self,
         pack: Pack,
         weights: WeightPlaces,
-        cache: KVShape,
+        cache: KVPlaces,
         ropes: Mapping[RopeConfig, np.ndarray],
         *,
         n_batch: int,
@@ -140,11 +138,9 @@ class Program(NamedTuple):
                     return address[argument]
                 case Weight(name):
                     return weights.address(name)
-                case Cache(-1, size):
-                    nbytes: int = getattr(cache, size)
-                    return nbytes
-                case Cache(layer):
-                    return cache.layer_address(layer)
+                case Cache(layer, field):
+                    place: int = getattr(cache.layer(layer), field)
+                    return place
                 case RopeConfig():
                     return ropes[argument].ctypes.data
                 case _:

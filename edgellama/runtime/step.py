@@ -39,7 +39,7 @@ class StepArrays:
         for sequence, n_tokens in batch:
             start = len(sequence.tokens)
             self._positions[at : at + n_tokens] = np.arange(start, start + n_tokens)
-            self._tables[at : at + n_tokens] = sequence.table.ctypes.data
+            self._tables[at : at + n_tokens] = sequence.address
             at += n_tokens
         self.words[layout.STEP_N_TOKENS // 8] = n
         self.words[layout.STEP_N_OUT // 8] = 0
