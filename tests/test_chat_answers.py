@@ -213,8 +213,8 @@ def new_llm(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    path = make_model(tmp_path_factory.mktemp("m") / "m.gguf")
-    with LLM(path, n_ctx=512, chat_template=CHATML) as llm:
+    path = make_model(tmp_path_factory.mktemp("m") / "m.gguf", keys={"context_length": 2048})
+    with LLM(path, n_ctx=2048, chat_template=CHATML) as llm:
         yield llm
 
 
