@@ -2,10 +2,10 @@
 
     python benchmarks/quantization.py SOURCE.gguf TEXT --peer-python PEER/bin/python [--types q4_0,q8_0]
 
-SOURCE has float weights; both sides quantize it, each in a process of its own, and edgellama evaluates
-all files on windows of 512 tokens of TEXT: mean KL divergence from SOURCE over the first `--kl-windows`,
-and perplexity over `--windows` (of the second half of each window, as llama.cpp counts).  Prints rows of
-Markdown for `RESULTS.md`.
+SOURCE has float weights; both sides quantize it, each in a process of its own.  All files are evaluated
+on windows of 512 tokens of TEXT: by edgellama, mean KL divergence from SOURCE over the first
+`--kl-windows`; by both engines, perplexity over `--windows` (of the second half of each window, as
+llama.cpp counts).  Prints rows of Markdown for `RESULTS.md`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,22 @@ with Encoder(2) as encoder:
     quantize(source, out, Quantization(name, force=True), encoder)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([0, time.perf_counter() - start, used]))
+"""
+_PEER_EVALUATES = """
+import json, sys
+import llama_cpp, numpy as np
+windows = json.load(sys.stdin)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_batch=512, n_threads=2, n_threads_batch=2,
+                      logits_all=True, verbose=False)
+half, nll = np.arange(256, 511), []
+for ids in windows:
+    llm.reset()
+    llm.eval(ids)
+    logits = llm.scores[half]
+    logits -= logits.max(1, keepdims=True)
+    of_next = logits[np.arange(len(half)), np.array(ids)[half + 1]]
+    nll.append(float((np.log(np.exp(logits).sum(1)) - of_next).mean(dtype=np.float64)))
+print(json.dumps(float(np.exp(np.mean(nll)))))
 """
 
 
@@ -95,7 +111,15 @@ def quality(model: Path, windows: list[list[int]], reference: list[np.ndarray]) 
         if i < len(reference):
             expected = reference[i]
             kl.append((np.exp(expected) * (expected - got)).sum(1, dtype=np.float64).mean())
-    return Quality(float(np.mean(kl)), float(np.exp(np.mean(nll))))
+    return Quality(float(np.mean(kl)) if kl else np.nan, float(np.exp(np.mean(nll))))
+
+
+def perplexity_by_peer(python: str, model: Path, windows: list[list[int]]) -> float:
+    """Let llama.cpp evaluate a file."""
+    command = [python, "-c", _PEER_EVALUATES, str(model)]
+    text = json.dumps(windows)
+    done = subprocess.run(command, input=text, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -116,23 +140,22 @@ def main() -> None:
         made = {}
         for name in types:
             for side, python, program, kind in (
-                ("ours", sys.executable, _OURS, name),
-                ("theirs", arguments.peer_python, _PEER, str(RECIPES[name].file_type)),
+                ("edgellama", sys.executable, _OURS, name),
+                ("llama.cpp", arguments.peer_python, _PEER, str(RECIPES[name].file_type)),
             ):
                 out = Path(folder) / f"{name}-{side}.gguf"
                 made[out] = make(python, program, arguments.source, out, kind)
         windows = windows_of(arguments.source, arguments.text, arguments.windows)
         some = windows[: arguments.kl_windows]
         reference = list(log_probabilities(arguments.source, some))
-        print("| type | MB | KL | llama.cpp | perplexity | llama.cpp | s | llama.cpp | peak MB |"
-              " llama.cpp |\n|---|---|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
-        for name in types:
-            files = [Path(folder) / f"{name}-{side}.gguf" for side in ("ours", "theirs")]
-            ours, theirs = ((*quality(f, windows, reference), *made[f]) for f in files)
-            row = [f"{files[0].stat().st_size / 1e6:.1f}"]
-            for mine, other, form in zip(ours, theirs, (".4f", ".2f", ".1f", ".0f"), strict=True):
-                row += [format(mine, form), format(other, form)]
-            print(f"| {name} | {' | '.join(row)} |", flush=True)
+        print("| type | by | MB | s | peak MB | KL | perplexity | by llama.cpp |\n"
+              "|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+        for out, (seconds, peak) in made.items():
+            name, side = out.stem.split("-")
+            of_file = quality(out, windows, reference)
+            theirs = perplexity_by_peer(arguments.peer_python, out, windows)
+            print(f"| {name} | {side} | {out.stat().st_size / 1e6:.1f} | {seconds:.1f} | {peak:.0f} "
+                  f"| {of_file.kl:.4f} | {of_file.perplexity:.3f} | {theirs:.3f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .families import Plan, PlannedTensor, plan
 from .folder import inside, read_file
 from .quantize import Quantization, wide_groups, write_quantized
 from .recipes import find_recipe
+from .runnable import check_runnable
 from .vocabulary import read_settings, read_vocabulary, sampling_defaults
 from .write import Source, TensorReport
 
@@ -37,7 +38,8 @@ def convert(
     """Write a checkpoint as one GGUF file.
 
     `tokenizer` is the folder of the tokenizer's files, where it is not the checkpoint's own.
-    Raises: UnsupportedModelError naming the architecture, tensor or setting that is not known;
+    Raises: UnsupportedModelError naming the architecture, tensor or setting that is not known, or
+    that edgellama would not open;
     ModelFileError; UsageError; OSError.
     """
     find_recipe(wanted.type_name)  # before anything slow
@@ -48,6 +50,8 @@ def convert(
     planned = plan(checkpoint)
     sources = [_source(tensor, checkpoint) for tensor in planned.tensors]
     metadata = _metadata(planned, checkpoint, folder, name or _name(folder))
+    origin = "config.json" if checkpoint.kind == "huggingface" else ""
+    check_runnable(out, metadata, sources, origin)
     return write_quantized(out, metadata, sources, wide_groups(metadata), wanted, encoder)
 
 

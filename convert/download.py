@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from edgellama.catalog import home, hugging_face, lock
-from edgellama.errors import DownloadError, UsageError, shown
+from edgellama.catalog import COMPLETE, checkpoint, hugging_face, lock
+from edgellama.errors import DownloadError, shown
 
 from .checkpoint import main_file
 from .folder import read_json
@@ -23,14 +24,9 @@ _SMALL = (
     "config.json", "params.json", "generation_config.json", "quantize_config.json",
     "quant_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken",
-    "chat_template.json", "chat_template.jinja",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "README.md",
 )  # fmt: skip
-_COMPLETE, _COMMIT, _LISTING = ".complete", ".commit", ".listing.json"
-
-
-def is_repository(source: str) -> bool:
-    """Say whether a source is a repository of Hugging Face, rather than a file of one or a path."""
-    return source.startswith("hf:") and not source.partition("#")[0].endswith(".gguf")
+_COMMIT, _LISTING = ".commit", ".listing.json"
 
 
 def fetch_checkpoint(source: str, *, offline: bool = False) -> Path:
@@ -38,21 +34,17 @@ def fetch_checkpoint(source: str, *, offline: bool = False) -> Path:
 
     Raises: UsageError for an odd name; DownloadError; ModelFileError when it holds no checkpoint.
     """
-    match = re.fullmatch(r"hf:([\w.\-]+)/([\w.\-]+?)(?:@([\w.\-]+))?", source, re.ASCII)
-    if match is None or not all(part.strip(".") for part in match.groups("main")):
-        raise UsageError(f"{source!r} is not of the form hf:org/repo or hf:org/repo@revision")
-    org, repo, revision = match.groups("main")
-    folder = home() / "checkpoints" / f"{org}--{repo}--{revision}"
-    if (folder / _COMPLETE).exists():
+    repo, revision, folder = checkpoint(source)
+    if (folder / COMPLETE).exists():
         return folder
     if offline:
         raise DownloadError(f"{source} is not in the cache, and --offline forbids fetching it")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / _COMPLETE).exists():
-                _fetch(folder, f"{org}/{repo}", revision)
-                (folder / _COMPLETE).touch()
+            if not (folder / COMPLETE).exists():
+                _fetch(folder, repo, revision)
+                (folder / COMPLETE).touch()
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise DownloadError(f"{source} could not be put into {folder}: {reason}") from None
@@ -67,6 +59,7 @@ def _fetch(folder: Path, repo: str, revision: str) -> None:
     def fetch(name: str) -> Path:
         path = folder / name
         if not path.exists():
+            path.parent.mkdir(exist_ok=True, mode=0o700)
             url = f"{hugging_face()}/{repo}/resolve/{commit}/{quote(name)}"
             from_url(url, path, digests[name], is_gguf=False)
         return path
@@ -101,7 +94,9 @@ def _listing(folder: Path, repo: str, revision: str) -> tuple[str, dict[str, str
     record = folder / _COMMIT
     if not record.exists() or record.read_text("utf-8") != commit:
         for old in folder.iterdir():  # of another commit
-            if old != path:
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old != path:
                 old.unlink()
         record.write_text(commit, "utf-8")
     return commit, dict(_files(files))
@@ -111,8 +106,10 @@ def _files(files: Any) -> list[tuple[str, str]]:
     found = []
     for entry in files if isinstance(files, list) else []:
         name = entry.get("rfilename") if isinstance(entry, dict) else None
-        # Files of the top folder; a dot in front is ours.
-        if isinstance(name, str) and re.fullmatch(r"[\w\-][\w.\- ]*", name, re.ASCII):
+        # Files of the top folder, and more templates; a dot in front is ours.
+        if isinstance(name, str) and re.fullmatch(
+            r"[\w\-][\w.\- ]*|additional_chat_templates/[\w\-][\w.\- ]*\.jinja", name, re.ASCII
+        ):
             stored = entry.get("lfs")
             digest = str(stored.get("sha256")) if isinstance(stored, dict) else ""
             found.append((name, digest if re.fullmatch(r"[0-9a-f]{64}", digest) else ""))

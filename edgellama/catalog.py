@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ CATALOGUE: dict[str, Entry] = {
         "Gemma Terms of Use",
     ),
 }
+COMPLETE = ".complete"
+"""In the folder of a checkpoint: all of it is there."""
 _FORMS = f"{', '.join(CATALOGUE)}, hf:org/repo/file.gguf or a URL"
 
 
@@ -112,13 +115,27 @@ def installed() -> list[tuple[str, Path, int]]:
     ]
 
 
+def checkpoints() -> list[tuple[str, Path, int]]:
+    """Name, folder and bytes of every whole checkpoint that `edgellama convert` fetched."""
+    found = []
+    for path in sorted((home() / "checkpoints").glob("*--*--*")):
+        if (path / COMPLETE).exists():
+            org, repo, revision = path.name.split("--", 2)
+            name = f"hf:{org}/{repo}" + (f"@{revision}" if revision != "main" else "")
+            nbytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+            found.append((name, path, nbytes))
+    return found
+
+
 def remove(model: str) -> Path:
-    """Delete a model, and whatever an interrupted fetch left of it, from the cache.
+    """Delete a model or a checkpoint, and what an interrupted fetch left of it, from the cache.
 
     Raises: UsageError when it is not there.
     """
     from edgellama.fetch import leftovers
 
+    if is_repository(model):
+        return _remove_checkpoint(model)
     path = _cached_path(model)
     first = re.fullmatch(r"(.*)-00001(-of-\d{5}\.gguf)", path.name)
     whole = sorted(path.parent.glob(f"{first[1]}-*{first[2]}")) if first else [path]
@@ -131,6 +148,19 @@ def remove(model: str) -> Path:
     except OSError as error:
         raise UsageError(f"{path} cannot be deleted: {error.strerror}") from None
     return path
+
+
+def _remove_checkpoint(source: str) -> Path:
+    folder = checkpoint(source)[2]
+    if not folder.is_dir():
+        raise UsageError(f"{source!r} is not in the cache; `edgellama list` shows what is")
+    try:
+        # Without its mark it is no longer whole, whatever happens next.
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be deleted: {error.strerror}") from None
+    return folder
 
 
 def pull(model: str, *, offline: bool = False) -> Path:
@@ -187,6 +217,23 @@ def lock(path: Path) -> Iterator[None]:
 # --- names ----------------------------------------------------------------------------------------
 def _is_address(model: str) -> bool:
     return model.startswith(("https://", "http://", "hf:"))
+
+
+def is_repository(source: str) -> bool:
+    """Say whether a source is a repository of Hugging Face, rather than a file of one or a path."""
+    return source.startswith("hf:") and not source.partition("#")[0].endswith(".gguf")
+
+
+def checkpoint(source: str) -> tuple[str, str, Path]:
+    """Return org/repo and revision of hf:org/repo[@revision], and the folder of its checkpoint.
+
+    Raises: UsageError for an odd name.
+    """
+    match = re.fullmatch(r"hf:([\w.\-]+)/([\w.\-]+?)(?:@([\w.\-]+))?", source, re.ASCII)
+    if match is None or not all(part.strip(".") for part in match.groups("main")):
+        raise UsageError(f"{source!r} is not of the form hf:org/repo or hf:org/repo@revision")
+    org, repo, revision = match.groups("main")
+    return f"{org}/{repo}", revision, home() / "checkpoints" / f"{org}--{repo}--{revision}"
 
 
 def _cached_path(model: str) -> Path:

@@ -6,6 +6,7 @@
     ├── ContextOverflowError      more tokens than the context holds
     ├── TemplateError             a chat template is missing, broken or ran too long
     ├── GrammarError              a grammar or schema cannot be used
+    ├── SessionError              a session file is damaged, or of another model
     ├── OutOfMemoryError          memory for weights, cache or arena could not be had
     ├── DownloadError             a model could not be fetched or did not verify
     ├── KernelError               a kernel pack could not be built or loaded
@@ -42,6 +43,10 @@ class TemplateError(EdgeLlamaError):
 
 class GrammarError(EdgeLlamaError):
     """A grammar or schema cannot be used as it stands."""
+
+
+class SessionError(EdgeLlamaError):
+    """A session file is damaged, or was saved with another model or another cache."""
 
 
 class OutOfMemoryError(EdgeLlamaError):

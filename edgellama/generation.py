@@ -1,8 +1,9 @@
 """From steps to an answer: draw a token, note it, turn it into text, look for an end.
 
 `Answer` is one answer as it grows, `stream` yields it piece by piece, `answer_together` makes several
-of one prompt at once.  What a token is drawn by is in `sampling/`, what the model says next in
-`speculate.py`, which asks the engine; `llm.py` puts these together.
+of one prompt at once, `answer_all` answers many prompts, some at a time.  What a token is drawn by is in
+`sampling/`, what the model says next in `speculate.py`, which asks the engine; `llm.py` puts these
+together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from edgellama.errors import ContextOverflowError
 from edgellama.logprobs import Logprobs, PromptLogprobs, TokenLogprob
 from edgellama.runtime.engine import Engine
+from edgellama.runtime.kvcache import Sequence
 from edgellama.sampling import Sampler
 from edgellama.speculate import Steps, evaluate_prompt
 from edgellama.stopping import StopStrings
@@ -231,6 +233,90 @@ def answer_together(
         for sequence in live.values():
             engine.free(sequence)
     return [collect(deltas[answer]) for answer in answers]
+
+
+class Request(NamedTuple):
+    """A prompt and the answer it is to get; `read` makes of its pieces what a chat shows."""
+
+    ids: list[int]
+    answer: Answer
+    of_prompt: PromptLogprobs | None = None
+    read: Callable[[Iterable[Delta]], Iterable[Delta]] = iter
+
+
+class _Live:
+    """A request that is being answered."""
+
+    def __init__(self, index: int, request: Request, sequence: Sequence) -> None:
+        self.index = index
+        self.request = request
+        self.sequence = sequence
+        self.deltas: list[Delta] = []
+        self.timings = Timings(prompt_n=len(request.ids))
+        self.begin = time.perf_counter()
+
+    def pending(self) -> list[int]:
+        """What the model has not read yet."""
+        return [*self.request.ids, *self.request.answer.tokens][len(self.sequence.tokens) :]
+
+    def take(self, logits: np.ndarray) -> Completion | None:
+        """Draw a token; return the answer when it has ended."""
+        answer, timings = self.request.answer, self.timings
+        elapsed_s = time.perf_counter() - self.begin
+        if not self.deltas:
+            timings.prompt_s, timings.cached_n = elapsed_s, self.sequence.n_reused
+        delta = None if answer.finish_reason else answer.take(logits, elapsed_s)
+        if delta is not None:
+            self.deltas.append(delta)
+        if answer.finish_reason is None:
+            return None
+        timings.predicted_n = len(answer.tokens)
+        timings.predicted_s = elapsed_s - timings.prompt_s
+        self.deltas.append(answer.last_delta(timings, self.request.of_prompt))
+        return collect(self.request.read(self.deltas))
+
+
+def answer_all(
+    engine: Engine, requests: Iterable[tuple[int, Request]], n_parallel: int
+) -> Iterator[tuple[int, Completion]]:
+    """Answer requests, up to `n_parallel` at a time; yield each answer with its index when it is done.
+
+    A step takes the next token of every live one, and the prompts of new ones.  When the cache is full,
+    the last to come waits until another is done.
+    """
+    coming = (_Live(index, request, engine.new_sequence()) for index, request in requests)
+    live: list[_Live] = []
+    waiting: list[_Live] = []
+    n_most = n_parallel
+    try:
+        while True:
+            while len(live) < n_most:
+                following = waiting.pop() if waiting else next(coming, None)
+                if following is None:
+                    break
+                live.append(following)
+            if not live:
+                return
+            try:
+                rows = engine.step([(one.sequence, one.pending()) for one in live])
+            except ContextOverflowError:
+                if len(live) == 1:
+                    raise
+                waiting.append(live.pop())
+                engine.free(waiting[-1].sequence)
+                waiting[-1].sequence = engine.new_sequence()
+                n_most = len(live)
+                continue
+            for one, row in zip(list(live), rows, strict=True):
+                done = one.take(row)
+                if done is not None:
+                    live.remove(one)
+                    engine.free(one.sequence)
+                    n_most = min(n_most + 1, n_parallel)
+                    yield one.index, done
+    finally:
+        for one in live:
+            engine.free(one.sequence)
 
 
 def collect(deltas: Iterable[Delta]) -> Completion:

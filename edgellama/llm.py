@@ -9,12 +9,14 @@ the chat template, the sampler and the stop rules.  How an answer grows: `genera
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from edgellama import tasks
 from edgellama.catalog import resolve
@@ -23,6 +25,8 @@ from edgellama.generation import (
     Answer,
     Completion,
     Delta,
+    Request,
+    answer_all,
     answer_together,
     collect,
     stream,
@@ -35,7 +39,7 @@ from edgellama.sampling.of_model import ModelSampling
 from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
-from edgellama.tasks import Classification, Labels, Score
+from edgellama.tasks import Classification, Labels, Prompt, Score
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -123,7 +127,7 @@ class LLM:
                     self.config.name, trained, self.n_ctx,
                 )  # fmt: skip
             tokenizer = _TokenizerThread(gguf.metadata, override_pre)
-            self._engine = Engine(
+            self._opened: Engine | None = Engine(
                 gguf,
                 self.config,
                 n_ctx=self.n_ctx,
@@ -145,6 +149,8 @@ class LLM:
         self.n_threads = self._engine.n_threads
         self._seed = seed
         self._n_calls = 0
+        self._is_fork = False
+        self._last_text: list[int] = []
         self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
@@ -162,6 +168,12 @@ class LLM:
             except BaseException:
                 self.close()
                 raise
+
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            raise UsageError("the fork is closed; make another one with fork()")
+        return self._opened
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -189,10 +201,48 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free all memory and threads."""
+        """Free all memory and threads, those of forks too; of a fork, only itself."""
+        if self._is_fork:
+            self._opened = None
+            return
         if self._draft is not None and self._owns_draft:
             self._draft.close()
         self._engine.close()
+
+    # --- caches -----------------------------------------------------------------------------------
+    def fork(self, seed: int | None = None) -> LLM:
+        """Return a second LLM over the same open model, which costs next to nothing.
+
+        It shares weights, threads and the cache, so what one has evaluated the other need not; it has a
+        seed and a last text of its own (at first, the last text of this one).  `close` closes the fork
+        alone; when this one is closed, so are its forks.
+        """
+        self._engine  # noqa: B018  (raises for a closed fork)
+        fork = copy.copy(self)
+        fork._is_fork = True
+        fork._seed, fork._n_calls = seed, 0
+        fork._last_text = self._last_text.copy()
+        return fork
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the last text (prompt and answer) with its keys and values to a file.
+
+        A file of this name is replaced once the new one is whole.
+        Raises: UsageError when there is no text yet, SessionError when the file cannot be written.
+        """
+        if not self._last_text:
+            raise UsageError("there is no text to save yet; call generate or chat first")
+        self._engine.save_session(Path(path), self._last_text.copy())
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Take keys and values of a text from a file; return the text's token ids.
+
+        A call whose prompt begins with these tokens does not evaluate them again.
+        Raises: SessionError when the file is damaged or does not belong to this model, kv_type and
+        n_ctx; then nothing has changed.
+        """
+        self._last_text = self._engine.load_session(Path(path))
+        return self._last_text.copy()
 
     # --- tokens -----------------------------------------------------------------------------------
     def tokenize(
@@ -234,7 +284,9 @@ class LLM:
         ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
 
         def new_steps() -> Steps:
-            return Steps(self._engine, answer.sampler, self._new_drafter())
+            steps = Steps(self._engine, answer.sampler, self._new_drafter())
+            self._last_text = steps.text  # which grows with the answer
+            return steps
 
         return stream(new_steps, ids, answer, of_prompt)
 
@@ -470,6 +522,30 @@ class LLM:
             rest["json_schema"] = prompt.json_schema
         return prompt, {**rest, "shown": prompt.shown}
 
+    # --- many -------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        **options: Unpack[ChatKeywords],
+    ) -> Request:
+        """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
+        if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
+            ids, [answer], of_prompt = self._prepare(cast(Any, prompt), 1, **cast(Any, options))
+            return Request(ids, answer, of_prompt)
+        chat, rest = self._chat_prompt(cast(Any, prompt), options)
+        ids, [answer], of_prompt = self._prepare(chat.ids, 1, **rest)
+        return Request(ids, answer, of_prompt, chat.read)
+
+    def answer_all(
+        self, requests: Iterable[Request], *, n_parallel: int = 8
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer requests, up to `n_parallel` at a time, each as if it were alone.
+
+        Yields (index, answer) in the order in which answers are done.
+        """
+        check_count("n_parallel", n_parallel, 1)
+        return answer_all(self._engine, enumerate(requests), n_parallel)
+
     # --- tasks ------------------------------------------------------------------------------------
     @overload
     def score(self, prompt: str, continuation: str) -> Score: ...
@@ -494,11 +570,16 @@ class LLM:
 
     def answer(self, question: str, context: str, **options: Any) -> Completion:
         """Answer a question from a context; options as in `stream`, greedy unless they say otherwise."""
-        return tasks.answer(self, question, context, **options)
+        return self._complete(tasks.question_prompt(self, question, context), options)
 
     def translate(self, text: str, to: str, **options: Any) -> Completion:
         """Translate a text into the language `to`; options as in `answer`."""
-        return tasks.translate(self, text, to, **options)
+        return self._complete(tasks.translation_prompt(self, text, to), options)
+
+    def _complete(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        request = self.request(prompt.prompt, **cast(Any, {**prompt.options, **options}))
+        [(_, done)] = self.answer_all([request])
+        return done
 
     def embed(
         self, texts: str | list[str], pooling: str = "mean", normalize: bool = True

@@ -198,7 +198,7 @@ class Steps:
         self._sampler = sampler
         self._drafter = drafter
         self._sequence = engine.new_sequence()
-        self._text: list[int] = []
+        self.text: list[int] = []
         self._draft: list[int] = []
         self._rows = np.empty((0, 0), np.float32)  # (1 + n_drafted, V): the last step's
         self._row = 0
@@ -210,14 +210,14 @@ class Steps:
         self, ids: SequenceOf[int], visit: Callable[[int, np.ndarray], None] | None = None
     ) -> np.ndarray:
         """Return the logits f32 (V,) after a prompt; see `evaluate_prompt`."""
-        self._text = list(ids)
+        self.text += ids
         logits = evaluate_prompt(self._engine, self._sequence, ids, visit)
         self.n_cached = self._sequence.n_reused
         return logits
 
     def follow(self, token: int, n_more: int) -> np.ndarray:
         """Return the logits f32 (V,) after one more token; at most `n_more` are asked for later."""
-        self._text.append(token)
+        self.text.append(token)
         if self._drafter is None:
             return self._engine.evaluate(self._sequence, [token])
         if self._row < len(self._draft) and token == self._draft[self._row]:
@@ -226,11 +226,11 @@ class Steps:
             return self._rows[self._row]
         if self._draft:
             self._drafter.learn(len(self._draft), self._row)
-            self._engine.truncate(self._sequence, len(self._text) - 1)
+            self._engine.truncate(self._sequence, len(self.text) - 1)
         self._draft = []
         self._row = 0
         try:
-            draft = self._drafter.propose(self._text, n_more, self._sampler) if n_more else []
+            draft = self._drafter.propose(self.text, n_more, self._sampler) if n_more else []
             if draft:
                 self._rows = self._engine.evaluate_each(self._sequence, [token, *draft])
                 self._draft = draft

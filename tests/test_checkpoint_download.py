@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import command, refused
 from make_checkpoint import safetensors, write_torch
 
 from edgellama import catalog, fetch
+from edgellama.catalog import is_repository
 from edgellama.convert.checkpoint import open_checkpoint
-from edgellama.convert.download import fetch_checkpoint, is_repository
+from edgellama.convert.download import fetch_checkpoint
 from edgellama.errors import DownloadError, ModelFileError, UsageError
 
 ONE = safetensors({"a": np.ones((2, 3), np.float32)})
@@ -28,10 +30,14 @@ SHARDED = {
     "m-1.safetensors": ONE,
     "m-2.safetensors": TWO,
     "tokenizer.json": b"{}",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "additional_chat_templates/tool.jinja": b"{{ messages }}",
 }
 OTHERS = {
     "pytorch_model.bin": b"not wanted",
-    "README.md": b"not wanted",
+    "additional_chat_templates/model.safetensors": b"not wanted",
+    "additional_chat_templates/../evil.jinja": b"not wanted",
+    "docs/tool.jinja": b"not wanted",
     "original/consolidated.00.pth": b"not wanted",
     "../evil.json": b"not wanted",
     ".complete": b"not wanted",
@@ -59,7 +65,7 @@ class Hub(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization")
         self.requests.append((self.path, token))
         if self.path.startswith("/stored/"):
-            return self.send(self.files[self.path.rpartition("/")[2]])
+            return self.send(self.files[self.path.removeprefix("/stored/")])
         if self.private and token != "Bearer secret":
             return self.send_error(401)
         if self.path.startswith("/api/models/org/repo/revision/"):
@@ -114,13 +120,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def fetched() -> list[str]:
-    return [path.rpartition("/")[2] for path, _ in Hub.requests if "/resolve/" in path]
+    asked = [path.partition("/resolve/")[2] for path, _ in Hub.requests]
+    return [path.partition("/")[2] for path in asked if path]
 
 
 def test_only_what_is_read_comes(hub):
     folder = fetch_checkpoint("hf:org/repo")
     assert folder.parent == catalog.home() / "checkpoints"
     assert sorted(fetched()) == sorted(SHARDED)
+    assert (folder / "additional_chat_templates" / "tool.jinja").read_text() == "{{ messages }}"
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.config == {"model_type": "llama"}
         np.testing.assert_array_equal(checkpoint.tensors["a"].read(), np.ones((2, 3)))
@@ -201,6 +209,27 @@ def test_commits_are_not_mixed(hub):
     folder = fetch_checkpoint("hf:org/repo")
     assert (folder / "m-1.safetensors").read_bytes() == TWO
     assert (folder / "m-2.safetensors").read_bytes() == ONE
+
+
+def test_checkpoints_are_listed_and_removed(hub, capsys):
+    main, other = fetch_checkpoint("hf:org/repo"), fetch_checkpoint("hf:org/repo@v--1")
+    nbytes = sum(len(body) for body in SHARDED.values())
+    lines = [line for line in command(capsys, "list")[1].splitlines() if "checkpoint" in line]
+    assert [line.split()[0] for line in lines] == ["hf:org/repo", "hf:org/repo@v--1"]
+    assert lines[0].endswith(f"MB  checkpoint {main}")
+    assert {name for name, *_ in catalog.installed()} == set()
+    (_, _, size), _ = catalog.checkpoints()
+    assert nbytes <= size < nbytes + 2000  # and what it was fetched from
+    status, _, said = command(capsys, "rm", "hf:org/repo@v--1")
+    assert (status, said) == (0, f"deleted {other}\n")
+    assert not other.exists()
+    assert [name for name, *_ in catalog.checkpoints()] == ["hf:org/repo"]
+    (main / ".complete").unlink()  # an interrupted fetch
+    assert catalog.checkpoints() == []
+    assert command(capsys, "rm", "hf:org/repo")[0] == 0
+    assert not main.exists()
+    assert "is not in the cache" in refused(capsys, "rm", "hf:org/repo")
+    assert "is not of the form hf:org/repo" in refused(capsys, "rm", "hf:org/../..")
 
 
 # --- what is refused ------------------------------------------------------------------------------

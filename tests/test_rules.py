@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "tokenizer": {"tokenizer", "errors"},
     "convert": {
         "convert", "gguf", "kernels", "tokenizer", "errors", "catalog", "cpu", "fetch", "progress",
-        "runtime",
+        "models", "runtime",
     },
     "runtime": {
         "runtime", "models", "gguf", "kernels", "errors", "cpu", "catalog", "progress", "__version__",

@@ -251,6 +251,10 @@ class Hyper:
         Source: the model card of Llama 3.1, apply_scaling.
         """
         factor, low, high = map(self._setting, ("factor", "low_freq_factor", "high_freq_factor"))
+        if low >= high:
+            raise ModelFileError(
+                f"config.json: high_freq_factor is {high:g}; it must be above low_freq_factor, {low:g}"
+            )
         frequencies = self.rope_base ** (-np.arange(0, self.n_dims, 2) / self.n_dims)
         n_turns = self.original_context() * frequencies / (2 * math.pi)
         keep = np.clip((n_turns - low) / (high - low), 0.0, 1.0)

@@ -32,6 +32,7 @@ _COMMANDS = {
     "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
     "convert": ("convert.convert", "Make a GGUF file of a checkpoint."),
     "quantize": ("convert.quantize", "Write a GGUF file in other block formats."),
+    "batch": ("batch.command", "Do the tasks of a file of JSON lines."),
     "imatrix": ("imatrix.command", "Measure which columns of the weights matter."),
     "gguf": ("gguf.command", "Split, merge, edit, print and compare GGUF files."),
     "bench": ("bench.command", "Measure how fast a model runs, and how near the ceiling."),
@@ -122,6 +123,11 @@ def process() -> NoReturn:
 def plain(text: str) -> str:
     """Return a text of a file or a template without what a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def visible(text: str) -> str:
+    """Return a model's words without what a terminal would obey."""
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
 
 
 def _silence_stdout() -> None:

@@ -17,7 +17,7 @@ import click
 
 from edgellama.errors import EdgeLlamaError, UsageError
 
-from . import plain
+from . import plain, visible
 from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class _Pipe:
                     )
                 if delta.reasoning and self.is_shown:
                     self.say(
-                        ("" if is_thinking else "thinking: ") + _visible(delta.reasoning), end=""
+                        ("" if is_thinking else "thinking: ") + visible(delta.reasoning), end=""
                     )
                     is_thinking = True
                 if delta.text:
@@ -257,7 +257,7 @@ class _Terminal(_Pipe):
 
     def write(self, text: str) -> None:
         if self.is_edited:
-            sys.stdout.write(_visible(text))
+            sys.stdout.write(visible(text))
             sys.stdout.flush()
         else:
             super().write(text)
@@ -280,11 +280,6 @@ def statistics(chat: Conversation) -> str:
 
 def _speed(t: Any) -> str:
     return f"{t.predicted_n} tokens, {max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.1f} a second"
-
-
-def _visible(text: str) -> str:
-    """Return a model's words without what a terminal would obey."""
-    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
 
 
 def _path(text: str, command: str) -> Path:

@@ -86,9 +86,10 @@ def convert(
     SRC is a folder of Hugging Face (safetensors, pytorch_model.bin) or of Meta (consolidated.*.pth), a
     .bin of llama2.c, or hf:ORG/REPO, which is fetched.
     """
+    from edgellama.catalog import is_repository
     from edgellama.convert.checkpoint import open_checkpoint
     from edgellama.convert.convert import convert
-    from edgellama.convert.download import fetch_checkpoint, is_repository
+    from edgellama.convert.download import fetch_checkpoint
     from edgellama.convert.encoder import Encoder
 
     start = time.monotonic()

@@ -9,7 +9,7 @@ from edgellama import catalog
 
 @click.command("list")
 def command() -> None:
-    """Show name, size and path of the models in the cache, and those not fetched yet."""
+    """Show name, size and path of the models and checkpoints in the cache, and models to be had."""
     rows = [(name, nbytes, str(path)) for name, path, nbytes in catalog.installed()]
     here = {name for name, _, _ in rows}
     rows += [
@@ -17,6 +17,7 @@ def command() -> None:
         for name, entry in catalog.CATALOGUE.items()
         if name not in here
     ]
+    rows += [(name, nbytes, f"checkpoint {path}") for name, path, nbytes in catalog.checkpoints()]
     width = max(len(name) for name, _, _ in rows)
     for name, nbytes, where in rows:
         click.echo(f"{name:{width}}  {nbytes / 1e6:9.1f} MB  {where}")

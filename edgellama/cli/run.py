@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edgellama.errors import UsageError
 
-from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
+from . import visible
+from .options import (
+    GroupedCommand,
+    grammar_options,
+    model_options,
+    open_model,
+    sampling_options,
+)
 
 
 @click.command(cls=GroupedCommand)
@@ -23,12 +31,16 @@ from .options import GroupedCommand, grammar_options, model_options, open_model,
 @click.option("--system", help="A system message for the chat template.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
 @model_options
+@click.option(
+    "--session", type=click.Path(path_type=Path), metavar="FILE",
+    help="Evaluated text: loaded if the file exists, saved after the answer.",
+)  # fmt: skip
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 @sampling_options
 @grammar_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
-    stop: tuple[str, ...], stats: bool, **given: Any,
+    stop: tuple[str, ...], session: Path | None, stats: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -42,6 +54,8 @@ def command(
         prompt = prompt.removesuffix("\n").removesuffix("\r")  # echo's, not the author's
     out = sys.stdout.buffer
     with open_model(model, given) as llm:
+        if session is not None and session.exists():
+            llm.load_session(session)
         options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **given}
         if raw or llm.template is None:
             if system is not None:
@@ -52,11 +66,15 @@ def command(
             deltas = llm.stream_chat([*messages, {"role": "user", "content": prompt}], **options)
         first = None
         for delta in deltas:
+            if delta.reasoning:
+                click.echo(visible(delta.reasoning), nl=False, err=True)
             out.write(delta.text.encode(errors="replace"))
             out.flush()
             first = first or time.perf_counter()
         out.write(b"\n")
         out.flush()
+        if session is not None:
+            llm.save_session(session)
         if stats and delta.timings is not None and first is not None:
             t = delta.timings
             guesses = ""
@@ -67,7 +85,7 @@ def command(
                     f"{t.predicted_n / (t.predicted_n - t.accepted_n):.2f} tokens a step"
                 )
             click.echo(
-                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens "
+                f"first token {first - start:.2f} s | prompt {t.prompt_n} tokens, {t.cached_n} cached "
                 f"({t.prompt_n / max(t.prompt_s, 1e-9):.0f}/s) | answer {t.predicted_n} tokens "
                 f"({max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.0f}/s)"
                 f"{guesses}",

@@ -32,6 +32,10 @@ class RopeConfig(NamedTuple):
     freq_factors: str = ""  # tensor of divisors
     freq_factors_long: str = ""  # those of a context longer than the original
 
+    def is_long(self, n_ctx: int) -> bool:
+        """Say whether a context takes the divisors for long ones."""
+        return bool(self.freq_factors_long) and n_ctx > self.original_context
+
 
 def read_rope(
     gguf: GGUFFile, k: Keys, arch: Architecture, head_size: int

@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
@@ -37,6 +39,7 @@ from .kvcache import KVCache, Sequence
 from .lowering import compile_program
 from .packs import load_pack
 from .rope import rope_table
+from .session import Identity, Source, identify, read_session, write_session
 from .step import StepArrays
 from .tuning import N_PREFILL, Threads, Tuning
 from .weights import Weights
@@ -79,6 +82,8 @@ class Engine:
         if not 1 <= counts[-1] <= MAX_THREADS:
             raise UsageError(f"n_threads is {n_threads}; it must be between 1 and {MAX_THREADS}")
         self.config = config
+        self._source = Source.of(gguf.path)
+        self._kv_type = kv_type
         self.n_vocab = config.n_vocab
         self.n_ctx = n_ctx
         self.n_batch = min(n_batch, n_ctx)
@@ -216,6 +221,42 @@ class Engine:
         self._team.close()
         for name in ("_bound", "_weights", "_cache"):
             self.__dict__.pop(name, None)
+
+    # --- sessions ---------------------------------------------------------------------------------
+    @cached_property
+    def _identity(self) -> Identity:
+        c = self.config
+        is_long = [rope.is_long(self.n_ctx) for rope in self._ropes]
+        others = c.rope, c.rope_local, is_long, c.windows, PAGE
+        return identify(self._source, self._kv_type, self.n_vocab, self.n_ctx, *others)
+
+    def save_session(self, path: Path, ids: SequenceOf[int]) -> None:
+        """Write the keys and values of a text to a file; what is not known of it is evaluated.
+
+        Raises: SessionError, UsageError, ContextOverflowError.
+        """
+        identity = self._identity
+        sequence = self.new_sequence()
+        try:
+            self.evaluate(sequence, ids)
+            with self._locked():
+                pages = self._cache.save(sequence)
+        finally:
+            self.free(sequence)
+        write_session(path, identity, list(ids), pages)
+
+    def load_session(self, path: Path) -> list[int]:
+        """Return the token ids of a file; the next text that begins with them has them evaluated.
+
+        Raises: SessionError when the file is damaged or does not belong to this model;
+        ContextOverflowError.  Then nothing has changed.
+        """
+        with self._locked():
+            shapes_of = self._cache.saved_shapes
+        ids, pages = read_session(path, self._identity, shapes_of)
+        with self._locked():
+            self._cache.restore(ids, pages)
+        return ids
 
     # --- threads ----------------------------------------------------------------------------------
     @property

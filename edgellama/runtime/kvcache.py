@@ -68,6 +68,7 @@ class KVCache:
         n_batch: int,
     ) -> None:
         self.n_ctx = n_ctx
+        self.n_kv_heads = n_kv_heads
         kinds = [window if window < n_ctx else 0 for window in windows]
         self.groups: list[Pages] = []
         self._layers: list[tuple[int, int]] = []  # group, and which of its layers
@@ -190,7 +191,8 @@ class KVCache:
         parent = sequence.keys[i - 1] if i else b""
         key = _page_key(parent, tokens)
         for group, table in self._rows(sequence):
-            group.know(int(table[i]), key)
+            if table[i] >= 0:
+                group.know(int(table[i]), key)
         if all(group.find(key) is not None for group in self.groups):
             self._parents[key] = parent
             self._followers.setdefault(parent, {})[key] = tokens
@@ -278,6 +280,45 @@ class KVCache:
         if rest and all(g.is_free_to_know(int(table[n])) for g, table in self._rows(sequence)):
             self._know(sequence, n)
         self.truncate(sequence, 0)
+
+    # --- session files ----------------------------------------------------------------------------
+    def saved_shapes(self, n: int) -> list[tuple[int, int, int]]:
+        """Of every layer, the shape (K, pages, bytes) of what `save` returns for a text of n full pages."""
+        return [
+            (self.n_kv_heads, n - group.first_seen(n * PAGE), group.page_nbytes)
+            for group in (self.groups[g] for g, _ in self._layers)
+        ]
+
+    def save(self, sequence: Sequence) -> list[np.ndarray]:
+        """Return copies of the full pages that the next token sees, u8 (K, pages, bytes) per layer."""
+        return [np.take(rows, pages, 1) for rows, pages in self._saved(sequence)]
+
+    def restore(self, tokens: SequenceOf[int], saved: SequenceOf[np.ndarray]) -> None:
+        """Make the full pages of a text known, for texts that begin with it.
+
+        Raises: ContextOverflowError when there is no room; then no sequence has changed.
+        """
+        sequence = self.new_sequence()
+        try:
+            sequence.n_pages = n = len(tokens) // PAGE
+            for group, table in self._rows(sequence):
+                for i in range(group.first_seen(n * PAGE), n):
+                    table[i] = group.take()
+            sequence.tokens = list(tokens[: n * PAGE])
+            for (rows, pages), data in zip(self._saved(sequence), saved, strict=True):
+                rows[:, pages] = data
+            for i in range(n):
+                sequence.keys.append(self._know(sequence, i))
+        finally:
+            self.truncate(sequence, 0)
+
+    def _saved(self, sequence: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of every layer, all its pages u8 (K, n_pages, bytes), and which of them are saved."""
+        n = len(sequence.tokens) // PAGE
+        for g, i in self._layers:
+            group = self.groups[g]
+            rows = group.bytes[i * self.n_kv_heads : (i + 1) * self.n_kv_heads]
+            yield rows, sequence.tables[g, group.first_seen(n * PAGE) : n]
 
 
 def _page_key(parent: bytes, ids: SequenceOf[int]) -> bytes:

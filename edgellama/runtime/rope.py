@@ -19,8 +19,7 @@ def rope_table(rope: RopeConfig, gguf: GGUFFile, n_ctx: int) -> np.ndarray:
     """Return f32 (n_ctx, n_dims): per position n_dims/2 cosines, then n_dims/2 sines."""
     half = rope.n_dims // 2
     frequencies = rope.freq_base ** (-2.0 * np.arange(half) / rope.n_dims)
-    is_long = bool(rope.freq_factors_long) and n_ctx > rope.original_context
-    factors = rope.freq_factors_long if is_long else rope.freq_factors
+    factors = rope.freq_factors_long if rope.is_long(n_ctx) else rope.freq_factors
     if factors:
         frequencies = frequencies / gguf.data(factors).view(np.float32).astype(np.float64)
     magnitude = rope.attn_factor
