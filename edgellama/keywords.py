@@ -55,6 +55,8 @@ class AnswerKeywords(SamplingKeywords, total=False):
     prompt_logprobs: bool
     processors: Sequence[LogitsProcessor]
     parse_special: bool
+    context_shift: bool | None
+    n_keep: int | None
     response_format: Mapping[str, Any] | None
     json_schema: Mapping[str, Any] | bool | str | None
     grammar: str | None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -32,6 +33,7 @@ from edgellama.generation import (
     stream,
 )
 from edgellama.gguf import open_gguf
+from edgellama.kernels.layout import PAGE
 from edgellama.logprobs import Logprobs, PromptLogprobs
 from edgellama.models.config import read_config
 from edgellama.runtime.engine import Engine
@@ -94,6 +96,8 @@ class LLM:
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
     `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
+    With `context_shift`, an answer that outgrows the context goes on without the older half of what
+    follows the text's first `n_keep` tokens (rounded up to 32), instead of ending.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -111,6 +115,8 @@ class LLM:
         override_pre: str | None = None,
         draft: str | os.PathLike[str] | LLM | None = None,
         chat_template: str | os.PathLike[str] | None = None,
+        context_shift: bool = False,
+        n_keep: int = 1,
     ) -> None:
         self._chat_template = chat_template
         path = resolve(None if model is None else os.fspath(model), offline=offline)
@@ -151,6 +157,7 @@ class LLM:
         self._n_calls = 0
         self._is_fork = False
         self._last_text: list[int] = []
+        self._context_shift, self._n_keep = context_shift, n_keep
         self._sampling = ModelSampling(self.metadata, self.tokenizer)
         self._draft: LLM | None = None
         self._owns_draft = not isinstance(draft, LLM)
@@ -278,13 +285,14 @@ class LLM:
         `parse_special`: whether special tokens may be written out in the prompt.
         `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
         `choices`: what the answer has to look like (docs/constrained.md).
+        `context_shift`, `n_keep`: as in `LLM`, for this answer.
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
         Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
-        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
+        ids, [answer], of_prompt, n_keep = self._prepare(prompt, 1, **options)
 
         def new_steps() -> Steps:
-            steps = Steps(self._engine, answer.sampler, self._new_drafter())
+            steps = Steps(self._engine, answer.sampler, self._new_drafter(), n_keep)
             self._last_text = steps.text  # which grows with the answer
             return steps
 
@@ -326,7 +334,7 @@ class LLM:
         elif n == 1:
             return collect(self.stream(prompt, **options))
         else:
-            ids, answers, of_prompt = self._prepare(prompt, n, **options)
+            ids, answers, of_prompt, _ = self._prepare(prompt, n, **options)
             done = answer_together(self._engine, ids, answers, of_prompt)
         return done[0] if n == 1 else done
 
@@ -378,9 +386,15 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         shown: frozenset[int] = frozenset(),
+        context_shift: bool | None = None,
+        n_keep: int | None = None,
         **sampling: Any,
-    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
-        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None, int | None]:
+        """Check all options.
+
+        Return the prompt's ids, n answers, what looks up the prompt's, and how many tokens stay when the
+        context is full (None: the answer ends).
+        """
         if not sampling.keys() <= {*OPTION_NAMES}:
             from edgellama.keywords import AnswerKeywords
 
@@ -388,7 +402,8 @@ class LLM:
             known = ", ".join(AnswerKeywords.__annotations__)
             raise UsageError(f"there is no option {name!r}; options are {known}")
         ids = self._encode(prompt, parse_special)
-        limit = self._limit(ids, max_tokens)
+        n_kept = self._n_kept(context_shift, n_keep, n)
+        limit = self._limit(ids, max_tokens, n_kept is not None)
         if max_time_s is not None:
             check_number("max_time_s", max_time_s, 0)
         check_count("top_logprobs", top_logprobs)
@@ -422,7 +437,7 @@ class LLM:
             )
             for i in range(n)
         ]
-        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None, n_kept
 
     def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
         """Return the ids of a prompt, at least one and no more than the context holds."""
@@ -442,9 +457,31 @@ class LLM:
             )
         return ids
 
-    def _limit(self, ids: list[int], max_tokens: int | None) -> int:
+    def _n_kept(self, context_shift: bool | None, n_keep: int | None, n: int) -> int | None:
+        """How many first tokens stay when the context is full; None: the answer ends there."""
+        if context_shift is not None:
+            check_flag("context_shift", context_shift)
+        if n > 1:
+            if context_shift:
+                raise UsageError("context_shift works for one answer at a time; leave out n")
+            return None
+        if not (self._context_shift if context_shift is None else context_shift):
+            return None
+        n_keep = self._n_keep if n_keep is None else n_keep
+        most = self.n_ctx - 2 * PAGE
+        if most < 0:
+            raise UsageError(
+                f"context_shift needs a context of {2 * PAGE} tokens, not {self.n_ctx}; use a larger "
+                "n_ctx (-c)"
+            )
+        check_count("n_keep", n_keep, 0, most)
+        return n_keep
+
+    def _limit(self, ids: list[int], max_tokens: int | None, shifts: bool = False) -> int:
         """How many tokens an answer may have."""
-        limit = self.n_ctx - len(ids) + 1  # the last token need not be in the cache
+        limit = (
+            sys.maxsize if shifts else self.n_ctx - len(ids) + 1
+        )  # the last token need not be in the cache
         if max_tokens is None:
             return limit
         check_count("max_tokens", max_tokens)
@@ -529,11 +566,14 @@ class LLM:
         **options: Unpack[ChatKeywords],
     ) -> Request:
         """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
+        given: dict[str, Any] = {"context_shift": False, **options}
+        if given["context_shift"]:
+            raise UsageError("context_shift works for one answer at a time; leave it out")
         if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
-            ids, [answer], of_prompt = self._prepare(cast(Any, prompt), 1, **cast(Any, options))
+            ids, [answer], of_prompt, _ = self._prepare(cast(Any, prompt), 1, **given)
             return Request(ids, answer, of_prompt)
-        chat, rest = self._chat_prompt(cast(Any, prompt), options)
-        ids, [answer], of_prompt = self._prepare(chat.ids, 1, **rest)
+        chat, rest = self._chat_prompt(cast(Any, prompt), given)
+        ids, [answer], of_prompt, _ = self._prepare(chat.ids, 1, **rest)
         return Request(ids, answer, of_prompt, chat.read)
 
     def answer_all(

@@ -100,6 +100,9 @@ class Lookup:
 
     def propose(self, text: SequenceOf[int], n_most: int, sampler: Sampler) -> list[int]:
         """Guess up to `n_most` tokens, by the longest n-gram that was seen before."""
+        if len(text) < self._n_indexed:  # its middle was dropped
+            self._after.clear()
+            self._n_indexed = 0
         for end in range(max(self._n_indexed, 2), len(text)):
             for n in _N_GRAMS:
                 if n <= end:
@@ -143,6 +146,8 @@ class DraftModel:
         if n_tokens <= 0:
             return []
         said = self._sequence.tokens
+        if len(text) < self._n_known:  # its middle was dropped
+            self._n_known = 0
         n = min(self._n_known, len(said))
         while n < min(len(said), len(text) - 1) and said[n] == text[n]:
             n += 1
@@ -191,9 +196,18 @@ class Steps:
     """The model's logits after each token of an answer, computed ahead where a drafter guesses right.
 
     A caller draws a token from the logits and asks for those after it; it does not see the guesses.
+    When the context is full and `n_keep` is given, the text goes on without the older half of what
+    follows its first `n_keep` tokens (`Engine.shift`).
     """
 
-    def __init__(self, engine: Engine, sampler: Sampler, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        drafter: Drafter | None = None,
+        n_keep: int | None = None,
+    ) -> None:
+        self._n_keep = n_keep
         self._engine = engine
         self._sampler = sampler
         self._drafter = drafter
@@ -219,6 +233,7 @@ class Steps:
         """Return the logits f32 (V,) after one more token; at most `n_more` are asked for later."""
         self.text.append(token)
         if self._drafter is None:
+            self._make_room()
             return self._engine.evaluate(self._sequence, [token])
         if self._row < len(self._draft) and token == self._draft[self._row]:
             self._row += 1
@@ -229,6 +244,8 @@ class Steps:
             self._engine.truncate(self._sequence, len(self.text) - 1)
         self._draft = []
         self._row = 0
+        self._make_room()
+        n_more = min(n_more, self._engine.n_ctx - len(self.text))
         try:
             draft = self._drafter.propose(self.text, n_more, self._sampler) if n_more else []
             if draft:
@@ -239,6 +256,11 @@ class Steps:
         except ContextOverflowError:
             pass  # other sequences fill the cache; one token may still fit
         return self._engine.evaluate(self._sequence, [token])
+
+    def _make_room(self) -> None:
+        if self._n_keep is not None and len(self.text) > self._engine.n_ctx:
+            self._engine.shift(self._sequence, self._n_keep)
+            self.text[:-1] = self._sequence.tokens
 
     def close(self) -> None:
         """Forget the text."""

@@ -1,4 +1,4 @@
-"""The pages of the KV cache: their layout, and the writing of new keys and values into them.
+"""The pages of the KV cache: their layout, the writing of keys and values, the moving of keys.
 
 A page holds 32 positions of one head.  Keys are transposed, so that lanes are positions and scores need
 no sums across lanes; E is the head size padded to a multiple of 32:
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .layout import KV_NBYTES, PAGE, STEP_POSITIONS, STEP_TABLES
+from .layout import KV_NBYTES, PAGE, STEP_IDS, STEP_POSITIONS, STEP_TABLES
 from .quantize import peak_to
 from .simd import *
 from .simd import inline
@@ -98,5 +98,83 @@ def store(kv_type):
                     convert(scratch, key, head_size)
                     convert(values, value, head_size)
                 column(at + slot * size, scratch, head_size)
+
+    return operation
+
+
+def rotate(kv_type):
+    """Return `rotate[type]`: turn the keys of pages, each pair of dimensions by an angle of its own.
+
+    Parts are heads, "tokens" are pages, whose numbers are the step's ids.  `angles` is f32 (n_dims,):
+    cosines, then sines.  What is turned is rounded anew to the type.
+    """
+    size = KV_NBYTES[kv_type]
+    limit = np.float32(65504.0) if kv_type == "f16" else np.float32(1e30)
+    row = PAGE * 4  # bytes of a dimension in scratch
+
+    @inline
+    def unpack(keys, at, scales, n):
+        """Write n dimensions as floats: f32 (n, PAGE)."""
+        for d in range(n):
+            for i in range(0, PAGE, 8):
+                source = at + (d * PAGE + i) * size
+                if size == 1:
+                    scale = load_f32x8(scales + (d // BLOCK * PAGE + i) * 4)
+                    store_f32x8(keys + d * row + i * 4, load_i8x8(source) * scale)
+                elif size == 2:
+                    store_f32x8(keys + d * row + i * 4, load_f16x8(source))
+                else:
+                    store_f32x8(keys + d * row + i * 4, load_f32x8(source))
+
+    @inline
+    def pack(keys, at, scales, n):
+        for d in range(n):
+            for i in range(0, PAGE, 8):
+                a = finite(load_f32x8(keys + d * row + i * 4), limit)
+                if size == 2:
+                    store_f16x8(at + (d * PAGE + i) * 2, a)
+                else:
+                    store_f32x8(at + (d * PAGE + i) * 4, a)
+
+    @inline
+    def pack_bytes(keys, at, scales, n):
+        for block in range(0, n, BLOCK):
+            end = min(block + BLOCK, n)
+            for i in range(0, PAGE, 8):
+                peak = splat_f32(np.float32(1e-30))
+                for d in range(block, end):
+                    peak = maximum(peak, absolute(load_f32x8(keys + d * row + i * 4)))
+                inverse = divide(splat_f32(np.float32(127.0)), peak)
+                for d in range(block, end):
+                    a = load_f32x8(keys + d * row + i * 4) * inverse
+                    store_rounded_i8x8(at + d * PAGE + i, a)
+                scale = divide(peak, splat_f32(np.float32(127.0)))
+                store_f32x8(scales + (block // BLOCK * PAGE + i) * 4, scale)
+
+    pack_again = pack_bytes if size == 1 else pack
+
+    def operation(
+        step, part, first, count, scratch,
+        cache, cache_stride, page_nbytes, head_size, n_dims, angles, neox,
+    ):  # fmt: skip
+        pages = load_i64(step + STEP_IDS)
+        wide = (head_size + 31) // 32 * 32
+        n = min((n_dims + BLOCK - 1) // BLOCK * BLOCK, head_size)
+        half = n_dims // 2
+        for t in range(first, first + count):
+            at = cache + part * cache_stride + load_i32(pages + 4 * t) * page_nbytes
+            scales = at + 2 * PAGE * wide
+            unpack(scratch, at, scales, n)
+            for j in range(half):
+                c = splat_f32(load_f32(angles + 4 * j))
+                s = splat_f32(load_f32(angles + 4 * (half + j)))
+                a = scratch + (j if neox != 0 else 2 * j) * row
+                b = scratch + (j + half if neox != 0 else 2 * j + 1) * row
+                for i in range(0, row, 32):
+                    x = load_f32x8(a + i)
+                    y = load_f32x8(b + i)
+                    store_f32x8(a + i, x * c - y * s)
+                    store_f32x8(b + i, x * s + y * c)
+            pack_again(scratch, at, scales, n)
 
     return operation

@@ -40,6 +40,7 @@ from .lowering import compile_program
 from .packs import load_pack
 from .rope import rope_table
 from .session import Identity, Source, identify, read_session, write_session
+from .shift import Shift
 from .step import StepArrays
 from .tuning import N_PREFILL, Threads, Tuning
 from .weights import Weights
@@ -129,6 +130,8 @@ class Engine:
             raise OutOfMemoryError(
                 f"memory for a batch of {self.n_batch} tokens could not be had; use a smaller n_batch"
             ) from error
+        self._shift = Shift(self._bound, program.rotations, self._ropes, self._cache, kv_type)
+        self._target = target
         self.n_macs = sum(r.n_macs for r in program.records)  # of a token, without attention
         self._head_first = program.head_first
         self._n_records = len(program.records)
@@ -201,6 +204,44 @@ class Engine:
             self._cache.truncate(sequence, 0)
             self._evaluate([(sequence, ids)])
 
+    def shift(self, sequence: Sequence, n_keep: int) -> int:
+        """Make room in a text: drop the older half of what follows its first `n_keep` tokens.
+
+        Whole pages are dropped, and `n_keep` is rounded up to them.  What follows moves up without being
+        evaluated: its keys are turned to their new positions, but what it says was computed when it still
+        saw the rest.  Returns the number of dropped tokens.
+        Raises: ContextOverflowError when nothing can be dropped, or for want of room for pages that others
+        share; Aborted, which leaves no more than the kept tokens.
+        """
+        first = -(-n_keep // PAGE)
+        n = (len(sequence.tokens) // PAGE - first + 1) // 2
+        if n < 1 or n * PAGE >= len(sequence.tokens):
+            raise ContextOverflowError(
+                f"{len(sequence.tokens)} tokens leave nothing to drop after {n_keep}; use a larger n_ctx "
+                "(-c), or keep less"
+            )
+        with self._locked():
+            self._shift.load(self._pack, self._target, self.config.head_size)
+            moved = self._cache.shift(sequence, first, n)
+            if self._cache.holds(sequence, len(sequence.tokens)):
+                try:
+                    self._turn(moved, n * PAGE)
+                except BaseException:
+                    self._cache.truncate(sequence, first * PAGE)
+                    raise
+            else:  # the kept tokens are in sight of a window again that had passed them
+                ids = sequence.tokens.copy()
+                self._cache.truncate(sequence, 0)
+                self._evaluate([(sequence, ids)])
+        return n * PAGE
+
+    def _turn(self, pages: SequenceOf[np.ndarray], n_positions: int) -> None:
+        for words, numbers, records in self._shift.steps(pages, n_positions):
+            for i in records if len(numbers) else ():
+                at = self._n_records + i
+                if not self._team.run(words, at, at + 1):
+                    raise Aborted("the shift was aborted")
+
     def abort(self) -> None:
         """End the running step from another thread, or if none runs, the next one.
 
@@ -219,7 +260,7 @@ class Engine:
 
     def _release(self) -> None:
         self._team.close()
-        for name in ("_bound", "_weights", "_cache"):
+        for name in ("_bound", "_weights", "_cache", "_shift"):
             self.__dict__.pop(name, None)
 
     # --- sessions ---------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ class Sequence:
         self.keys: list[bytes] = []  # of full pages
         self.n_pages = 0
         self.n_reused = 0
+        self.is_shifted = (
+            False  # then its pages are not what an evaluation of its tokens would give
+        )
         self.n_before = 0  # tokens to which the running step goes back when it fails
 
     @property
@@ -115,6 +118,10 @@ class KVCache:
         group = self.groups[g]
         pages = group.address + i * group.layer_nbytes
         return Layer(pages, group.head_nbytes, group.page_nbytes, g * self.table_shape[1] * 4)
+
+    def group_of(self, layer: int) -> int:
+        """Which group a layer belongs to."""
+        return self._layers[layer][0]
 
     def new_sequence(self) -> Sequence:
         """Begin an empty sequence."""
@@ -227,7 +234,8 @@ class KVCache:
     def commit(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
         """Note that `ids` have been evaluated; full pages become known."""
         sequence.tokens.extend(ids)
-        while (len(sequence.keys) + 1) * PAGE <= len(sequence.tokens):
+        n_full = 0 if sequence.is_shifted else len(sequence.tokens) // PAGE
+        while len(sequence.keys) < n_full:
             sequence.keys.append(self._know(sequence, len(sequence.keys)))
         self.slide(sequence)
 
@@ -261,14 +269,42 @@ class KVCache:
                     group.release(page)
             table[n_pages : sequence.n_pages] = -1
         sequence.n_pages = min(n_pages, sequence.n_pages)
+        if n_tokens <= len(sequence.keys) * PAGE:
+            sequence.is_shifted = False
         del sequence.keys[n_tokens // PAGE :]
         del sequence.tokens[n_tokens:]
+
+    def shift(self, sequence: Sequence, first: int, n: int) -> list[np.ndarray]:
+        """Drop pages [first, first + n) of a sequence; those behind move up, and are no longer known.
+
+        Returns these for every group, i32 (pages,): their keys are to be turned.
+        Raises: ContextOverflowError when others share them and there is no room for copies.
+        """
+        stop = sequence.n_pages
+        for group, table in self._rows(sequence):
+            for i in range(first + n, stop):
+                if table[i] >= 0:
+                    table[i] = group.own(int(table[i]))
+        moved = []
+        for group, table in self._rows(sequence):
+            for page in table[first : first + n].tolist():
+                if page >= 0:
+                    group.release(page)
+            table[first : stop - n] = table[first + n : stop].copy()
+            table[stop - n : stop] = -1
+            moved.append(table[first : stop - n][table[first : stop - n] >= 0])
+        sequence.n_pages -= n
+        sequence.is_shifted = True
+        del sequence.tokens[first * PAGE : (first + n) * PAGE]
+        del sequence.keys[first:]
+        return moved
 
     def fork(self, sequence: Sequence) -> Sequence:
         """Return a sequence of the same tokens on the same pages."""
         fork = Sequence(sequence.tables.copy())
         fork.tokens, fork.keys = sequence.tokens.copy(), sequence.keys.copy()
         fork.n_pages, fork.n_reused = sequence.n_pages, sequence.n_reused
+        fork.is_shifted = sequence.is_shifted
         for group, table in self._rows(fork):
             for page in table[table >= 0].tolist():
                 group.use(page)
@@ -277,7 +313,8 @@ class KVCache:
     def free(self, sequence: Sequence) -> None:
         """Forget a sequence; its pages, also the last one, stay known until their room is needed."""
         n, rest = divmod(len(sequence.tokens), PAGE)
-        if rest and all(g.is_free_to_know(int(table[n])) for g, table in self._rows(sequence)):
+        last = [(group, int(table[n])) for group, table in self._rows(sequence)] if rest else []
+        if last and not sequence.is_shifted and all(g.is_free_to_know(page) for g, page in last):
             self._know(sequence, n)
         self.truncate(sequence, 0)
 

@@ -60,8 +60,12 @@ class _Lowering:
         nodes = list(self._builder.nodes)
         while nodes:
             self._lower(nodes)
+        made_by = {node.output: node for node in self._builder.nodes}
+        stores = [node for node in self._builder.nodes if node.kind == "store_kv"]
+        keys = {node.settings["layer"]: made_by[node.inputs[0]] for node in stores}
         return Program(
             records=self._records,
+            rotations={i: k.settings["rope"] for i, k in keys.items() if k.kind == "rope"},
             head_first=self._head_first,
             slots=self._arena.slots,
             logits=self._arena.floats[logits],

@@ -72,6 +72,7 @@ class Program(NamedTuple):
     slots: list[Slot]
     logits: Slot
     formats: Mapping[str, str]  # of matrices, by name
+    rotations: Mapping[int, RopeConfig]  # of the keys of layers that know positions
 
     @property
     def operations(self) -> list[str]:
@@ -110,6 +111,7 @@ class Program(NamedTuple):
                 row = 4 * padded(int(a["head_size"]))  # type: ignore[arg-type]
                 states = 8 * layout.SPLIT_TOKENS * int(a["n_group"])  # type: ignore[arg-type]
                 most = max(most, 64 + 6 * (4 * layout.SPAN + 2 * row) + states)
+                most = max(most, layout.PAGE * row)  # keys of a page, for `kv.rotate`
         return most
 
     def bind(
@@ -146,8 +148,9 @@ class Program(NamedTuple):
                 case _:
                     return argument
 
-        table = np.zeros((len(self.records), layout.RECORD_NBYTES // 8), np.int64)
-        for row, record in zip(table, self.records, strict=True):
+        n_records = len(self.records) + len(self.rotations)
+        table = np.zeros((n_records, layout.RECORD_NBYTES // 8), np.int64)
+        for row, record in zip(table, self.records, strict=False):
             fill_record(
                 row,
                 pack[record.operation],
@@ -170,7 +173,8 @@ class Program(NamedTuple):
             floats = arena[at : at + slot.stride * n_rows].view(np.float32).reshape(n_rows, -1)
             floats = floats[:, : record.n_cols]
             inputs.append(Input(index, weight.name, floats, slot.of_out_rows))
-        return BoundProgram(table, arena, rows.reshape(n_out, -1), inputs)
+        rotations = table[len(self.records) :]
+        return BoundProgram(table, arena, rows.reshape(n_out, -1), inputs, rotations)
 
 
 class Input(NamedTuple):
@@ -189,3 +193,4 @@ class BoundProgram(NamedTuple):
     arena: np.ndarray
     logits: np.ndarray
     inputs: list[Input]
+    rotations: np.ndarray  # rows of the table behind those of the program, for `shift.py`
