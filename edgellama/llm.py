@@ -501,8 +501,9 @@ class LLM:
         """Return the token ids of a chat as the model's template writes it.
 
         Options, of `chat` and `stream_chat` too:
-        `tools`, `tool_choice`: in OpenAI's form; `tool_format`: "hermes", "llama3" or "mistral", how
-        the answer writes calls, where the template's own marks do not tell.
+        `tools`, `tool_choice`: in OpenAI's form; a call that is "required", or named, is forced by a
+        grammar.  `tool_format`: "hermes", "llama3" or "mistral", how the answer writes calls, where
+        the template's own marks do not tell.
         `documents`: for templates that take them; `chat_template_kwargs`: other variables for it.
         `chat_template`: as for `LLM`, for this chat alone.
         `add_generation_prompt`: whether the assistant's turn is opened.
@@ -548,11 +549,14 @@ class LLM:
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     ) -> tuple[ChatPrompt, dict[str, Any]]:
         """Return the prompt of a chat, and the options that are not of chats."""
-        from edgellama.chat import CHAT_OPTIONS
+        from edgellama.chat import CHAT_OPTIONS, GRAMMAR_OPTIONS
 
         own = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
         rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
-        prompt = self._chat.prompt(messages, **own)
+        is_bound = any(rest.get(name) is not None for name in GRAMMAR_OPTIONS)
+        prompt = self._chat.prompt(messages, is_bound=is_bound, **own)
+        if prompt.json_schema is not None:
+            rest["json_schema"] = prompt.json_schema
         return prompt, {**rest, "shown": prompt.shown}
 
     # --- many -------------------------------------------------------------------------------------

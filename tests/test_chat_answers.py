@@ -6,12 +6,13 @@ Every answer is read however it is cut into pieces; nothing of it may be lost.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from make_gguf import bpe_vocabulary
+from make_gguf import bpe_vocabulary, make_model
 from test_llm import FakeEngine, install
 
 from edgellama.chat import Chat, ToolCall
@@ -210,6 +211,13 @@ def new_llm(
     return LLM("fake", **options), engine
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    path = make_model(tmp_path_factory.mktemp("m") / "m.gguf", keys={"context_length": 2048})
+    with LLM(path, n_ctx=2048, chat_template=CHATML) as llm:
+        yield llm
+
+
 def prompt_of(engine: FakeEngine) -> str:
     return bytes(i for i in engine.prompts[-1] if i < 256).decode()
 
@@ -272,6 +280,8 @@ def test_several_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"chat_template": Path("/nowhere/x")}, "cannot be read"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"continue_final_message": True}, "continue_final_message"), ({"toolz": 1}, "toolz"),
+        ({"tool_choice": "required"}, "tools are none"),
+        ({"tools": [WEATHER], "tool_choice": "required", "json_schema": {}}, "no other form"),
     ],
 )  # fmt: skip
 def test_bad_options(monkeypatch: pytest.MonkeyPatch, options: Any, said: str) -> None:
@@ -417,6 +427,44 @@ def test_a_broken_template_disables_chat_and_nothing_else(
     assert llm.generate("p", temperature=0).text == "fine"
 
 
+# --- calls that are forced ------------------------------------------------------------------------
+TOOLS = [
+    {
+        "name": "weather",
+        "parameters": {
+            "type": "object", "properties": {"city": {"type": "string", "maxLength": 9}},
+            "required": ["city"], "additionalProperties": False,
+        },
+    },
+    {"name": "time", "parameters": {"type": "object", "additionalProperties": False}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_forced_calls(tiny: LLM, form: str, choice: Any) -> None:
+    """Random weights say anything; here it is a call of a tool, with its parameters."""
+    no_space = dict.fromkeys(" \t\n\r", False)  # or it writes nothing else
+    done = tiny.chat(
+        USER, tools=TOOLS, tool_choice=choice, tool_format=form, seed=3, logit_bias=no_space
+    )
+    assert (done.text, done.finish_reason) == ("", "tool_calls")
+    assert done.tool_calls
+    for call in done.tool_calls:
+        assert call.name in ("weather", "time") if choice == "required" else call.name == "weather"
+        if call.name == "weather":
+            assert len(json.loads(call.arguments)["city"]) <= 9
+
+
+def test_a_grammar_leaves_no_room_for_reasoning(tiny: LLM) -> None:
+    done = tiny.chat(USER, chat_template=OPENED, choices=["yes", "no"], max_tokens=9)
+    assert (done.reasoning, done.text in ("yes", "no")) == ("", True)
+    ids = tiny._chat_prompt(USER, {"chat_template": OPENED, "choices": ["yes"]})[0].ids
+    assert tiny.detokenize(ids) == "hi|<think>\n\n</think>\n\n"
+
+
 # --- special tokens -------------------------------------------------------------------------------
 def test_special_tokens_that_mark_calls_are_seen() -> None:
     metadata = bpe_vocabulary(300)
@@ -438,4 +486,4 @@ def test_special_tokens_that_mark_calls_are_seen() -> None:
     assert (done.reasoning, done.text) == ("Hm.", "")
     assert [(c.name, c.arguments) for c in done.tool_calls] == [CALL]
     done = answer(chat.prompt(USER, reasoning_format="text"))
-    assert done.text == f"Hm.weather{CITY}"
+    assert done.text == f"<think>Hm.</think>weather{CITY}"

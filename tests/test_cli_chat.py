@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 from fake_chat import TEMPLATE
 from test_llm import FakeEngine, install
 
-from edgellama.cli.chat import _visible, command
+from edgellama.cli import visible
+from edgellama.cli.chat import command
 from edgellama.errors import ContextOverflowError, EdgeLlamaError, TemplateError, UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -335,7 +336,7 @@ def test_colours(spawn: Any, options: dict[str, str], is_coloured: bool) -> None
 
 
 def test_what_a_terminal_would_obey_is_left_out(spawn: Any) -> None:
-    assert _visible("a\x1b[2J\x07\r\n\tb\x9bé世") == "a[2J\n\tbé世"
+    assert visible("a\x1b[2J\x07\r\n\tb\x9bé世") == "a[2J\n\tbé世"
     t = spawn("a\x1b]0;x\x07b", "0", "1000")
     t.expect("> ")
     t.type("hi\r")

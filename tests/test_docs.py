@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from io import BytesIO, TextIOWrapper
 from math import prod
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from command_line import command
 from make_gguf import make_model
 from make_tokenizer import TEXT
+from test_chat_answers import CHATML
 from test_convert import make_folder
 
 from edgellama.convert.recipes import RECIPES, choose_formats
@@ -39,11 +41,14 @@ def test_examples(capsys, tmp_path, monkeypatch):
             assert stdout == expected, line
 
 
-@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md"])
+@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md", "chat.md"])
 def test_examples_on_a_model(name, capsys, tmp_path, monkeypatch):
     """Blocks of `python` run one after the other, and lines of `console`; there is a model.gguf."""
     monkeypatch.chdir(tmp_path)
-    make_model(Path("model.gguf"), keys={"tokenizer.chat_template": TEMPLATE})
+    template = CHATML if name == "chat.md" else TEMPLATE
+    make_model(Path("model.gguf"), keys={"tokenizer.chat_template": template})
+    Path("chat.json").write_text('[{"role": "user", "content": "Hello"}]')
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"Hello")))
     text = (DOCS / name).read_text("utf-8")
     Path("in.jsonl").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)), "utf-8")
     names = {}

@@ -44,6 +44,14 @@ def test_system(engine: FakeEngine) -> None:
         run("-p", "hi", "--system", "x", "--raw")
 
 
+def test_reasoning_goes_to_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(
+        monkeypatch, FakeEngine("<think>H\x1bm.</think>yes"), template=TEMPLATE + "{# </think> #}"
+    )
+    result = run("-p", "hi", "--temp", "0")
+    assert (result.stdout, result.stderr) == ("yes\n", "Hm.")
+
+
 def test_raw_parses_special_tokens(engine: FakeEngine) -> None:
     run("-p", "a<s>b", "--raw")
     assert engine.prompts == [[BOS, 97, BOS, 98]]

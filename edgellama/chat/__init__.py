@@ -10,7 +10,7 @@ Nothing here runs a model; `llm.py` does.
 """
 
 from .messages import ToolCall
-from .prompt import CHAT_OPTIONS, Chat, ChatPrompt
+from .prompt import CHAT_OPTIONS, GRAMMAR_OPTIONS, Chat, ChatPrompt
 from .template import ChatTemplate
 
-__all__ = ["CHAT_OPTIONS", "Chat", "ChatPrompt", "ChatTemplate", "ToolCall"]
+__all__ = ["CHAT_OPTIONS", "GRAMMAR_OPTIONS", "Chat", "ChatPrompt", "ChatTemplate", "ToolCall"]

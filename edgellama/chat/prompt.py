@@ -25,6 +25,8 @@ CHAT_OPTIONS = (
     "add_generation_prompt", "continue_final_message", "reasoning_format",
 )  # fmt: skip
 
+GRAMMAR_OPTIONS = ("response_format", "json_schema", "grammar", "regex", "choices")
+
 
 class ChatPrompt:
     """Token ids of a chat, and how the answer to it is read."""
@@ -35,8 +37,10 @@ class ChatPrompt:
         shown: frozenset[int],
         new_reasoning: Callable[[], ReasoningReader] | None,
         new_tools: Callable[[], ToolReader] | None,
+        json_schema: Mapping[str, Any] | None = None,
     ) -> None:
         self.ids = ids
+        self.json_schema = json_schema  # what the answer has to be, where a call is forced
         self.shown = shown  # special tokens whose text the answer must show
         self._new_reasoning = new_reasoning
         self._new_tools = new_tools
@@ -132,8 +136,9 @@ class Chat:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         reasoning_format: str = "split",
+        is_bound: bool = False,
     ) -> ChatPrompt:
-        """Write a chat as the template has it.
+        """Write a chat as the template has it; `is_bound`: a grammar has no room for reasoning.
 
         Raises: TemplateError without a template, or when it fails; UsageError for an option.
         """
@@ -145,7 +150,11 @@ class Chat:
                 raise UsageError(
                     f"chat_template_kwargs has {name!r}, which is an option of its own"
                 )
-        given = _chosen(read_tools(tools or []), tool_choice)
+        given, is_forced = _chosen(read_tools(tools or []), tool_choice)
+        if is_forced and (is_bound or continue_final_message):
+            raise UsageError(
+                f"tool_choice {shown(tool_choice)} forces a call; give no other form of the answer"
+            )
         template = self.template(chat_template, bool(given))
         if template is None:
             raise TemplateError(
@@ -165,24 +174,32 @@ class Chat:
                     "(--chat-template)"
                 )
             variables["documents"] = list(documents)
-        marks = self._marks(template.source) if reasoning_format == "split" else None
+        marks = self._marks(template.source)
+        last = None
         if continue_final_message:
             *messages, last = messages
-            text = template.render(messages, **variables)
-            text = _continued(text, last, marks)
+            text = _continued(template.render(messages, **variables), last, marks)
         else:
             text = template.render(
                 messages, add_generation_prompt=add_generation_prompt, **variables
             )
+        is_open = marks is not None and _is_open(text, last, marks)
+        if marks and is_open and (is_bound or is_forced):
+            text, is_open = f"{text.rstrip()}\n\n{marks.closing}\n\n", False
         form = find_format(template.source, self._is_token, tool_format) if given else None
-        is_open = marks is not None and _is_open(
-            text, last if continue_final_message else None, marks
-        )
+        schema, begun = None, ""
+        if form and is_forced:
+            begun, schema = form.force([tool["function"] for tool in given])
+            text += begun
+        split = marks if reasoning_format == "split" and not is_forced else None
         return ChatPrompt(
             self._encode(text),
             self._shown(marks, form),
-            (lambda: ReasoningReader(marks, is_open)) if marks else None,
-            (lambda: ToolReader(form, {t["function"]["name"] for t in given})) if form else None,
+            (lambda: ReasoningReader(split, is_open)) if split else None,
+            (lambda: ToolReader(form, {t["function"]["name"] for t in given}, begun))
+            if form
+            else None,
+            schema,
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -210,12 +227,17 @@ class Chat:
         return frozenset(i for text in texts if (i := self._token(text)) is not None)
 
 
-def _chosen(tools: list[dict[str, Any]], choice: str | Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tools that a choice leaves to the model.  Raises: UsageError."""
+def _chosen(
+    tools: list[dict[str, Any]], choice: str | Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], bool]:
+    """Return the tools that a choice leaves to the model, and whether it must call one.
+
+    Raises: UsageError.
+    """
     if choice == "auto":
-        return tools
+        return tools, False
     if choice == "none":
-        return []
+        return [], False
     named = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = named.get("name") if isinstance(named, Mapping) else None
     if choice != "required" and name is None:
@@ -223,10 +245,16 @@ def _chosen(tools: list[dict[str, Any]], choice: str | Mapping[str, Any]) -> lis
             f"tool_choice is {shown(choice)}; it must be auto, none, required or "
             '{"type": "function", "function": {"name": ...}}'
         )
-    names = [tool["function"]["name"] for tool in tools]
-    if name is not None and name not in names:
-        raise UsageError(f"tool_choice is {shown(name)}; tools are {', '.join(names) or 'none'}")
-    raise UsageError('a call cannot be forced yet; use tool_choice "auto"')
+    if name is not None:
+        chosen = [tool for tool in tools if tool["function"]["name"] == name]
+    else:
+        chosen = tools
+    if not chosen:
+        names = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+        raise UsageError(
+            f"tool_choice is {shown(choice if name is None else name)}; tools are {names}"
+        )
+    return chosen, True
 
 
 def _read(path: Path) -> str:

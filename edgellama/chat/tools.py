@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgellama.errors import UsageError, shown
@@ -22,6 +22,7 @@ from edgellama.stopping import overlap
 
 from .messages import ToolCall
 
+_MOST_CALLS = 8  # that are forced at once; a small model may find no end of a list
 # Calls, and how many characters they take; None when more is needed.  ValueError: these are no calls.
 _Read = tuple[list[ToolCall], int] | None
 
@@ -35,6 +36,33 @@ class ToolFormat(NamedTuple):
     ]  # what is held, whether it is all, known names
     marks: tuple[str, ...] = ()  # others that may be special tokens
     bare: bool = False  # a call may be the whole answer, without a mark
+    key: str = "arguments"
+
+    def force(self, functions: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+        """Return how an answer that calls one of the functions begins, and the schema of its rest."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function["name"]},
+                    self.key: function.get("parameters") or {"type": "object"},
+                },
+                "required": ["name", self.key],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        if self.bare:
+            return "", call
+        if self.read is _read_mistral:
+            return self.openings[0], {
+                "type": "array",
+                "items": call,
+                "minItems": 1,
+                "maxItems": _MOST_CALLS,
+            }
+        return f"{self.openings[0]}\n", call
 
 
 def _call(given: Any, name: str = "") -> ToolCall:
@@ -183,12 +211,12 @@ def find_format(
 
 
 class ToolReader:
-    """Takes calls out of text."""
+    """Takes calls out of text, of which `begun` stands in the prompt."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+    def __init__(self, form: ToolFormat, names: Collection[str], begun: str = "") -> None:
         self._format = form
         self._names = names
-        self._held = ""
+        self._held = begun
         self._begun = False  # whether text came
         self._n_calls = 0
 

@@ -125,6 +125,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def visible(text: str) -> str:
+    """Return a model's words without what a terminal would obey."""
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
+
+
 def _silence_stdout() -> None:
     """Keep Python from complaining again when it flushes stdout at exit."""
     with suppress(OSError):  # where it is no file

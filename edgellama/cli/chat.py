@@ -17,8 +17,8 @@ import click
 
 from edgellama.errors import EdgeLlamaError, UsageError
 
-from . import plain
-from .options import GroupedCommand, model_options, open_model, sampling_options
+from . import plain, visible
+from .options import GroupedCommand, grammar_options, model_options, open_model, sampling_options
 
 if TYPE_CHECKING:
     from edgellama.generation import Delta
@@ -49,6 +49,7 @@ Ctrl-C stops an answer, and on an empty line, twice, leaves.  A space before / m
 @click.option("--load", type=click.Path(path_type=Path), metavar="FILE", help="Go on with a chat.")
 @model_options
 @sampling_options
+@grammar_options
 def command(model: str | None, system: str | None, load: Path | None, **options: Any) -> None:
     """Chat with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -176,7 +177,7 @@ class _Pipe:
                     )
                 if delta.reasoning and self.is_shown:
                     self.say(
-                        ("" if is_thinking else "thinking: ") + _visible(delta.reasoning), end=""
+                        ("" if is_thinking else "thinking: ") + visible(delta.reasoning), end=""
                     )
                     is_thinking = True
                 if delta.text:
@@ -256,7 +257,7 @@ class _Terminal(_Pipe):
 
     def write(self, text: str) -> None:
         if self.is_edited:
-            sys.stdout.write(_visible(text))
+            sys.stdout.write(visible(text))
             sys.stdout.flush()
         else:
             super().write(text)
@@ -279,11 +280,6 @@ def statistics(chat: Conversation) -> str:
 
 def _speed(t: Any) -> str:
     return f"{t.predicted_n} tokens, {max(t.predicted_n - 1, 0) / max(t.predicted_s, 1e-9):.1f} a second"
-
-
-def _visible(text: str) -> str:
-    """Return a model's words without what a terminal would obey."""
-    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
 
 
 def _path(text: str, command: str) -> Path:

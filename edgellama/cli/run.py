@@ -11,6 +11,7 @@ import click
 
 from edgellama.errors import UsageError
 
+from . import visible
 from .options import (
     GroupedCommand,
     grammar_options,
@@ -65,6 +66,8 @@ def command(
             deltas = llm.stream_chat([*messages, {"role": "user", "content": prompt}], **options)
         first = None
         for delta in deltas:
+            if delta.reasoning:
+                click.echo(visible(delta.reasoning), nl=False, err=True)
             out.write(delta.text.encode(errors="replace"))
             out.flush()
             first = first or time.perf_counter()
