@@ -208,6 +208,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def interrupt(self) -> None:
+        """Type Ctrl-C, once readline waits: one between its prompt and that is noticed at the next key."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def expect(self, pattern: str, seconds: float = 20.0) -> str:
         """Wait for what matches; return all that came up to its end."""
         end = time.monotonic() + seconds
@@ -284,19 +289,19 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(spawn: Any, tmp_path: Path) -> Non
     t.expect("> ")
     t.type("hi\r")
     t.expect("word word word")
-    t.type("\x03")
+    t.interrupt()
     t.expect(r"\[stopped\].*> ")
     t.type(f"/save {file}\r")
     t.expect("> ")
-    t.type("\x03")
+    t.interrupt()
     t.expect("Ctrl-C again.*> ")
     t.type("/set max_tokens 5\r")  # not twice in a row
     t.expect("> ")
     t.type("more\r")
     t.expect(r"\[5 tokens.*> ")
-    t.type("\x03")
+    t.interrupt()
     t.expect("again.*> ")
-    t.type("\x03")
+    t.interrupt()
     assert t.wait() == 0
     _, answer = json.loads(file.read_text("utf-8"))
     assert answer["content"].startswith("word word word")
@@ -310,7 +315,7 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(spawn: Any, tmp_pat
     t.type("hi\r")
     t.expect("hi")
     time.sleep(0.4)
-    t.type("\x03")
+    t.interrupt()
     t.expect(r"\[stopped\].*> ")
     t.type(f"/save {file}\r")
     t.expect("> ")
