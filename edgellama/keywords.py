@@ -5,6 +5,7 @@ What they mean: `LLM.stream`, and `sampling/options.py` for those of the sampler
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -56,3 +57,26 @@ class AnswerKeywords(SamplingKeywords, total=False):
     parse_special: bool
     context_shift: bool | None
     n_keep: int | None
+    response_format: Mapping[str, Any] | None
+    json_schema: Mapping[str, Any] | bool | str | None
+    grammar: str | None
+    regex: str | None
+    choices: Sequence[str] | None
+
+
+class PromptKeywords(TypedDict, total=False):
+    """Keywords of `LLM.render_chat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
+    tool_format: str | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template: str | os.PathLike[str] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    reasoning_format: str
+
+
+class ChatKeywords(AnswerKeywords, PromptKeywords, total=False):
+    """Keywords of `LLM.stream_chat`."""

@@ -14,18 +14,20 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from edgellama import tasks
 from edgellama.catalog import resolve
-from edgellama.errors import ContextOverflowError, ModelFileError, TemplateError, UsageError
+from edgellama.errors import ContextOverflowError, ModelFileError, UsageError
 from edgellama.generation import (
     Answer,
     Completion,
     Delta,
+    Request,
+    answer_all,
     answer_together,
     collect,
     stream,
@@ -39,16 +41,19 @@ from edgellama.sampling.of_model import ModelSampling
 from edgellama.sampling.options import OPTION_NAMES, check_count, check_flag, check_number
 from edgellama.speculate import Drafter, DraftModel, Lookup, Steps, check_same_vocabulary
 from edgellama.stopping import StopStrings
-from edgellama.tasks import Classification, Labels, Score
+from edgellama.tasks import Classification, Labels, Prompt, Score
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-    from edgellama.chat import ChatTemplate
-    from edgellama.keywords import AnswerKeywords
+    from edgellama.chat import Chat, ChatPrompt, ChatTemplate
+    from edgellama.grammar import Tokens
+    from edgellama.keywords import AnswerKeywords, ChatKeywords, PromptKeywords
     from edgellama.sampling import LogitsProcessor
+
+_TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 class _TokenizerThread(threading.Thread):
@@ -92,6 +97,7 @@ class LLM:
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
     With `context_shift`, an answer that outgrows the context goes on without the older half of what
     follows the text's first `n_keep` tokens (rounded up to 32), instead of ending.
+    `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -110,7 +116,9 @@ class LLM:
         draft: str | os.PathLike[str] | LLM | None = None,
         context_shift: bool = False,
         n_keep: int = 1,
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
+        self._chat_template = chat_template
         path = resolve(None if model is None else os.fspath(model), offline=offline)
         with open_gguf(path) as gguf:
             self.config = read_config(gguf)
@@ -176,15 +184,22 @@ class LLM:
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template of the file, if it has one."""
-        source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
-            return None
-        from edgellama.chat import ChatTemplate
+        """The chat template: the one given, or the file's, if it has one."""
+        if self._chat_template is None and _TEMPLATE_KEY not in self.metadata:
+            return None  # without an import
+        return self._chat.template()
 
-        ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        bos, eos = ("" if i is None else self.tokenizer.token_text(i) for i in ids)
-        return ChatTemplate(source, bos, eos)
+    @cached_property
+    def _chat(self) -> Chat:
+        from edgellama.chat import Chat
+
+        return Chat(self.config.name, self.tokenizer, self.metadata, self._chat_template)
+
+    @cached_property
+    def _grammar_tokens(self) -> Tokens:
+        from edgellama.grammar import Tokens
+
+        return Tokens(self.tokenizer)
 
     def __enter__(self) -> LLM:
         return self
@@ -269,13 +284,15 @@ class LLM:
         to change in place or return anew.
         `parse_special`: whether special tokens may be written out in the prompt.
         `context_shift`, `n_keep`: as in `LLM`, for this answer.
+        `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
+        `choices`: what the answer has to look like (docs/constrained.md).
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
-        Raises: ContextOverflowError when the prompt does not fit, UsageError.
+        Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
-        ids, [answer], of_prompt, n_keep = self._prepare(prompt, 1, **options)
+        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
 
         def new_steps() -> Steps:
-            steps = Steps(self._engine, answer.sampler, self._new_drafter(), n_keep)
+            steps = Steps(self._engine, answer.sampler, self._new_drafter(), answer.n_keep)
             self._last_text = steps.text  # which grows with the answer
             return steps
 
@@ -317,7 +334,7 @@ class LLM:
         elif n == 1:
             return collect(self.stream(prompt, **options))
         else:
-            ids, answers, of_prompt, _ = self._prepare(prompt, n, **options)
+            ids, answers, of_prompt = self._prepare(prompt, n, **options)
             done = answer_together(self._engine, ids, answers, of_prompt)
         return done[0] if n == 1 else done
 
@@ -365,13 +382,16 @@ class LLM:
         parse_special: bool = False,
         context_shift: bool | None = None,
         n_keep: int | None = None,
+        together: bool = False,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | str | None = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        shown: frozenset[int] = frozenset(),
         **sampling: Any,
-    ) -> tuple[list[int], list[Answer], PromptLogprobs | None, int | None]:
-        """Check all options.
-
-        Return the prompt's ids, n answers, what looks up the prompt's, and how many tokens stay when the
-        context is full (None: the answer ends).
-        """
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
+        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
         if not sampling.keys() <= {*OPTION_NAMES}:
             from edgellama.keywords import AnswerKeywords
 
@@ -379,7 +399,7 @@ class LLM:
             known = ", ".join(AnswerKeywords.__annotations__)
             raise UsageError(f"there is no option {name!r}; options are {known}")
         ids = self._encode(prompt, parse_special)
-        n_kept = self._n_kept(context_shift, n_keep, n)
+        n_kept = self._n_kept(context_shift, n_keep, together or n > 1)
         limit = self._limit(ids, max_tokens, n_kept is not None)
         if max_time_s is not None:
             check_number("max_time_s", max_time_s, 0)
@@ -389,6 +409,13 @@ class LLM:
         check_flag("ignore_eos", ignore_eos)
         if not all(map(callable, processors)):
             raise UsageError(f"processors is {processors!r}; a list of functions is needed")
+        rules = None
+        if any(x is not None for x in (response_format, json_schema, grammar, regex, choices)):
+            from edgellama.grammar import read_grammar
+
+            rules = read_grammar(response_format, json_schema, grammar, regex, choices)
+        if rules is not None and ignore_eos:
+            raise UsageError("ignore_eos has no sense with a grammar, which says where answers end")
         lookup = Logprobs(self.tokenizer, top_logprobs)
         seed = self._next_seed() if seed is None else seed
         options = self._sampling.read(sampling, ignore_eos)
@@ -402,10 +429,13 @@ class LLM:
                 limit,
                 max_time_s=math.inf if max_time_s is None else max_time_s,
                 logprobs=lookup if logprobs or top_logprobs else None,
+                constraint=None if rules is None else self._grammar_tokens.constrain(rules),
+                shown=shown,
+                n_keep=n_kept,
             )
             for i in range(n)
         ]
-        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None, n_kept
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
 
     def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
         """Return the ids of a prompt, at least one and no more than the context holds."""
@@ -425,13 +455,13 @@ class LLM:
             )
         return ids
 
-    def _n_kept(self, context_shift: bool | None, n_keep: int | None, n: int) -> int | None:
+    def _n_kept(self, context_shift: bool | None, n_keep: int | None, together: bool) -> int | None:
         """How many first tokens stay when the context is full; None: the answer ends there."""
         if context_shift is not None:
             check_flag("context_shift", context_shift)
-        if n > 1:
+        if together:
             if context_shift:
-                raise UsageError("context_shift works for one answer at a time; leave out n")
+                raise UsageError("context_shift works for one answer at a time")
             return None
         if not (self._context_shift if context_shift is None else context_shift):
             return None
@@ -463,35 +493,91 @@ class LLM:
         return Lookup(ends) if self._looks_up else None
 
     # --- chat -------------------------------------------------------------------------------------
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[PromptKeywords]
+    ) -> list[int]:
         """Return the token ids of a chat as the model's template writes it.
 
-        Raises: TemplateError when the file has no template or it fails.
+        Options, of `chat` and `stream_chat` too:
+        `tools`, `tool_choice`: in OpenAI's form; `tool_format`: "hermes", "llama3" or "mistral", how
+        the answer writes calls, where the template's own marks do not tell.
+        `documents`: for templates that take them; `chat_template_kwargs`: other variables for it.
+        `chat_template`: as for `LLM`, for this chat alone.
+        `add_generation_prompt`: whether the assistant's turn is opened.
+        `continue_final_message`: whether the answer goes on with the last message, the assistant's.
+        `reasoning_format`: "split" takes reasoning out of the text of an answer, "text" leaves it.
+        Raises: TemplateError when the file has no template or it fails; UsageError.
         """
-        if self.template is None:
-            raise TemplateError(
-                f"{self.config.name} has no chat template; continue plain text instead (--raw)"
-            )
-        text = self.template.render(messages, **variables)
-        ids = self.tokenizer.encode(text, False, True)
-        bos = self.tokenizer.bos_id
-        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        return ids
+        return self._chat.prompt(messages, **options).ids
 
     def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[AnswerKeywords],
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
     ) -> Iterator[Delta]:
-        """Answer a chat, yielding the answer piece by piece; options as in `stream`."""
-        return self.stream(self.render_chat(messages, **(chat_template_kwargs or {})), **options)
+        """Answer a chat, yielding the answer piece by piece; options as in `stream` and `render_chat`."""
+        prompt, rest = self._chat_prompt(messages, options)
+        return prompt.read(self.stream(prompt.ids, **rest))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """Answer a chat of {"role": ..., "content": ...} messages; options as in `stream`."""
-        return collect(self.stream_chat(messages, **options))
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatKeywords]
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]: ...
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Unpack[ChatKeywords]
+    ) -> Completion | list[Completion]:
+        """Answer a chat of {"role": ..., "content": ...} messages.
+
+        Options as in `stream` and `render_chat`, `n` as in `generate`.  The answer's `.message` is to
+        be added to the messages.
+        """
+        prompt, rest = self._chat_prompt(messages, options)
+        if n == 1:
+            return collect(prompt.read(self.stream(prompt.ids, **rest)))
+        done = self.generate(prompt.ids, n=n, **rest)
+        assert isinstance(done, list)
+        return [collect(prompt.read([_as_delta(one)])) for one in done]
+
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> tuple[ChatPrompt, dict[str, Any]]:
+        """Return the prompt of a chat, and the options that are not of chats."""
+        from edgellama.chat import CHAT_OPTIONS
+
+        own = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
+        rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+        prompt = self._chat.prompt(messages, **own)
+        return prompt, {**rest, "shown": prompt.shown}
+
+    # --- many -------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        **options: Unpack[ChatKeywords],
+    ) -> Request:
+        """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
+        if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
+            ids, [answer], of_prompt = self._prepare(
+                cast(Any, prompt), 1, together=True, **cast(Any, options)
+            )
+            return Request(ids, answer, of_prompt)
+        chat, rest = self._chat_prompt(cast(Any, prompt), options)
+        ids, [answer], of_prompt = self._prepare(chat.ids, 1, together=True, **rest)
+        return Request(ids, answer, of_prompt, chat.read)
+
+    def answer_all(
+        self, requests: Iterable[Request], *, n_parallel: int = 8
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer requests, up to `n_parallel` at a time, each as if it were alone.
+
+        Yields (index, answer) in the order in which answers are done.
+        """
+        check_count("n_parallel", n_parallel, 1)
+        return answer_all(self._engine, enumerate(requests), n_parallel)
 
     # --- tasks ------------------------------------------------------------------------------------
     @overload
@@ -517,11 +603,16 @@ class LLM:
 
     def answer(self, question: str, context: str, **options: Any) -> Completion:
         """Answer a question from a context; options as in `stream`, greedy unless they say otherwise."""
-        return tasks.answer(self, question, context, **options)
+        return self._complete(tasks.question_prompt(self, question, context), options)
 
     def translate(self, text: str, to: str, **options: Any) -> Completion:
         """Translate a text into the language `to`; options as in `answer`."""
-        return tasks.translate(self, text, to, **options)
+        return self._complete(tasks.translation_prompt(self, text, to), options)
+
+    def _complete(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        request = self.request(prompt.prompt, **cast(Any, {**prompt.options, **options}))
+        [(_, done)] = self.answer_all([request])
+        return done
 
     def embed(
         self, texts: str | list[str], pooling: str = "mean", normalize: bool = True
@@ -541,3 +632,15 @@ class LLM:
             return None
         self._n_calls += 1
         return self._seed + self._n_calls - 1
+
+
+def _as_delta(done: Completion) -> Delta:
+    """A whole answer as its only piece."""
+    return Delta(
+        done.text,
+        done.tokens,
+        done.logprobs,
+        done.finish_reason,
+        done.timings,
+        done.prompt_logprobs,
+    )

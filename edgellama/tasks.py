@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from edgellama.errors import UsageError, shown
-from edgellama.generation import Completion
 
 if TYPE_CHECKING:
     from edgellama.llm import LLM
@@ -59,6 +58,13 @@ class Classification(NamedTuple):
 
     label: str
     probabilities: dict[str, float]
+
+
+class Prompt(NamedTuple):
+    """A text or messages, and the options they are meant to be answered with."""
+
+    prompt: str | list[dict[str, Any]]
+    options: dict[str, Any]
 
 
 def score(
@@ -173,35 +179,27 @@ class Classifier:
         return p / p.sum()
 
 
-def answer(llm: LLM, question: str, context: str, **options: Any) -> Completion:
-    """Answer a question from a context."""
-    return _ask(
+def question_prompt(llm: LLM, question: str, context: str) -> Prompt:
+    """Return the prompt of a question about a context."""
+    return _prompt(
         llm,
         f"Context:\n{context}\n\nQuestion: {question}\nAnswer from the context, in few words.",
         f"{context}\n\nQuestion: {question}\nAnswer:",
-        options,
     )
 
 
-def translate(llm: LLM, text: str, to: str, **options: Any) -> Completion:
-    """Translate a text into the language that `to` names."""
-    return _ask(
-        llm,
-        f"Translate into {to}. Write the translation only.\n\n{text}",
-        f"Text: {text}\n{to}:",
-        options,
+def translation_prompt(llm: LLM, text: str, to: str) -> Prompt:
+    """Return the prompt that asks for a translation."""
+    return _prompt(
+        llm, f"Translate into {to}. Write the translation only.\n\n{text}", f"Text: {text}\n{to}:"
     )
 
 
-def _ask(llm: LLM, message: str, prompt: str, options: dict[str, Any]) -> Completion:
-    """Answer by the model's chat template, or where it has none, to the end of a paragraph."""
-    options.setdefault("temperature", 0.0)
+def _prompt(llm: LLM, message: str, text: str) -> Prompt:
+    """Messages for the model's chat template, or where it has none, a text to be gone on with."""
     if llm.template is not None:
-        return llm.chat([{"role": "user", "content": message}], **options)
-    options.setdefault("stop", ["\n\n"])
-    done = llm.generate(prompt, **options)
-    assert isinstance(done, Completion)
-    return done._replace(text=done.text.strip())
+        return Prompt([{"role": "user", "content": message}], {"temperature": 0.0})
+    return Prompt(text, {"temperature": 0.0, "stop": ["\n\n"]})
 
 
 def embed(

@@ -2,6 +2,7 @@
 
 `pairs_add` may be called this often before `pairs_sum`, so that AVX2's i16 sums hold (2*qmax*127 a call):
 q <= 15: 8 times (30480), q <= 31: 4 times (31496), q <= 63: twice (32004), q <= 127: once (32258).
+Less a centre, q <= 63 may be added 4 times: see `x86.AVX2.centred16`.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ A row of the result is the same to the last bit whatever T is, because both path
 with lanes = rows and blocks in order:
 
     i8    acc = fma(f32(sum of q*y over 16 columns), d*yd, acc), twice; acc = fma(m, ys, acc)
+          with a centre instead of m: sum of (q - centre)*y
     i16   acc = fma(f32(sum of q*y over 32 columns), d*yd, acc)
     f32   acc = fma(w, y, acc), column by column
 
-Few tokens stream the packed weights.  More tokens first unpack a strip of 32 rows into the thread's
-scratch (the panel), and run a register tile over it; unpacking costs 1/T of the work, so any format gets
+Few tokens stream the packed weights.  More tokens first unpack strips of 32 rows into the thread's
+scratch (the panel), and run a register tile over them; unpacking costs 1/T of the work, so any format gets
 the same fast tile.  The forms of activations are those of `quantize.py`; each has a file here.
 """
 

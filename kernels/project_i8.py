@@ -3,12 +3,13 @@
 Many tokens are multiplied tile by tile, 8 rows x 6 tokens.  Both sides lie in the thread's scratch in the
 same layout, per 32 columns
 
-    four byte vectors | F32x8 scale, twice (16 columns each) | F32x8 for each offset
+    four byte vectors | F32x8 scale, twice (16 columns each) | two vectors for offsets or centres
 
-a panel of weights (scales d, offsets m) for all rows of a part, and the tokens of a tile (scales yd,
-offsets ys, equal in all lanes), a chunk of columns at a time, so that the tokens stay in the first cache
-while the rows pass by.  Every operand of a product is then a register or memory as it stands: 24
-instructions for 256 products, where broadcasting from the rows of activations takes 35.
+a panel of weights (scales d, minimums m) for the rows of a part, and the tokens of a tile (scales yd, the
+same in all lanes; their sums, which m or the centre is multiplied with), a chunk of columns at a time, so
+that the tokens stay in the first cache while the rows pass by.  Every operand of a product is then a
+register or memory as it stands: 24 instructions for 256 products, where broadcasting from the rows of
+activations takes 35.
 """
 
 from __future__ import annotations

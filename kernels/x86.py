@@ -9,6 +9,8 @@ from .generic import Native
 
 
 class X86(Native):
+    """What all tiers of x86-64 from v3 on share."""
+
     @staticmethod
     def table16(builder, table, index):
         return call(builder, "llvm.x86.ssse3.pshuf.b.128", vector(i8, 16), table, index)
@@ -45,13 +47,12 @@ class AVX2(X86):
 
     @classmethod
     def centred16(cls, builder, weights, activations, address, bits):
-        """The sums of all four products may wrap around in i16: less the centre they are small again.
+        """Four products may wrap around in i16 on the way: less the centre a lane's sum fits again.
 
-        8 columns * 32 * 127 = 32512 for q - centre within 32.
+        8 columns * 32 * 127 = 32512 where |q - centre| <= 32, and a product of two columns that nothing
+        was added to (63 * 127 * 2 = 16002) does not saturate.
         """
-        acc = builder.sub(
-            ir.Constant(cls.pairs_type, None), load(builder, address, vector(i16, 16))
-        )
+        acc = builder.neg(load(builder, address, cls.pairs_type))
         for w, y in zip(weights, activations, strict=True):
             acc = cls.pairs_add(builder, acc, w, y)
         return cls.pairs_sum(builder, acc)

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from edgellama.chat import MAX_CHARACTERS, MAX_SOURCE, ChatTemplate
+from edgellama.chat.template import MAX_CHARACTERS, MAX_SOURCE, ChatTemplate
 from edgellama.errors import TemplateError
 
 CHATML = (

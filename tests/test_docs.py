@@ -18,6 +18,7 @@ from edgellama.gguf.writer import NewTensor
 from edgellama.kernels.blocks import FORMATS
 
 DOCS = Path(__file__).parents[1] / "docs"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 CONVERT = DOCS / "convert.md"
 
 
@@ -38,12 +39,13 @@ def test_examples(capsys, tmp_path, monkeypatch):
             assert stdout == expected, line
 
 
-@pytest.mark.parametrize("name", ["sampling.md"])
+@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md", "caches.md"])
 def test_examples_on_a_model(name, capsys, tmp_path, monkeypatch):
     """Blocks of `python` run one after the other, and lines of `console`; there is a model.gguf."""
     monkeypatch.chdir(tmp_path)
-    make_model(Path("model.gguf"))
+    make_model(Path("model.gguf"), keys={"tokenizer.chat_template": TEMPLATE})
     text = (DOCS / name).read_text("utf-8")
+    Path("in.jsonl").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)), "utf-8")
     names = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, name, "exec"), names)

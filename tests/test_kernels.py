@@ -136,8 +136,9 @@ def project(
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_largest_codes_times_largest_activations(format_name: str, sign: float) -> None:
-    """Nothing saturates: every code at its largest, every activation at the end of its range."""
+@pytest.mark.parametrize("code", [0xFF, 0x00])
+def test_codes_and_activations_at_their_ends(format_name: str, code: int, sign: float) -> None:
+    """Nothing saturates: every code at its largest or smallest, every activation at an end of its range."""
     import gguf
 
     n_rows, n_cols = STRIP, 512
@@ -149,13 +150,13 @@ def test_largest_codes_times_largest_activations(format_name: str, sign: float) 
         kept = scales.get(format_name, slice(0, 16 if format_name[-1] == "k" else 4))
         codes = np.ones(blocks.shape[1], bool)
         codes[kept] = False
-        blocks[:, codes] = 0x7F if format_name == "q8_0" else 0xFF
+        blocks[:, codes] = code ^ 0x80 if format_name == "q8_0" else code
     weights = gguf.quants.dequantize(raw, kind).astype(np.float64)
     x = np.full((13, n_cols), sign, np.float32)
     out = project(format_name, raw, x)
     exact = x.astype(np.float64) @ weights.T
     scale = np.abs(weights).sum(axis=1)
-    assert (np.abs(out - exact) / scale).max() < 3e-6
+    assert (np.abs(out - exact) <= 3e-6 * scale).all()
     assert (out == out[0]).all()  # tiles and tails alike
     assert np.array_equal(project(format_name, raw, x[:1])[0], out[0])
 

@@ -42,10 +42,13 @@ class FakeTokenizer:
     def decode(self, ids: Any, skip_special: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def is_special(self, token: int) -> bool:
+        return token >= 256
+
     def token_text(self, token: int) -> str:
         return {BOS: "<s>", END: "<e>"}.get(token, chr(token))
 
-    def stream(self) -> Any:
+    def stream(self, shown: Any = ()) -> Any:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return SimpleNamespace(
             feed=lambda i: decoder.decode(bytes([i])) if i < 256 else "",

@@ -276,6 +276,7 @@ def test_steps_ask_for_no_more_than_is_wanted() -> None:
         return np.array([[i] for i in ids])
 
     engine: Any = SimpleNamespace(
+        n_ctx=1000,
         new_sequence=lambda: SimpleNamespace(tokens=[], n_reused=0),
         evaluate=lambda sequence, ids: evaluate_each(sequence, ids)[-1],
         evaluate_each=evaluate_each,

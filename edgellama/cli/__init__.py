@@ -24,6 +24,7 @@ from edgellama.errors import EdgeLlamaError
 # Where each command lies (module.name) and its short help, so that --help imports none of them.
 _COMMANDS = {
     "run": ("run.command", "Answer a prompt, or continue a text."),
+    "chat": ("chat.command", "Chat in a terminal."),
     "pull": ("pull.command", "Fetch a model into the cache."),
     "list": ("list_.command", "Show the models in the cache and in the catalogue."),
     "rm": ("rm.command", "Delete a model from the cache."),
@@ -31,6 +32,7 @@ _COMMANDS = {
     "verify": ("inspect.verify", "Check a model file: structure, shapes, numbers."),
     "convert": ("convert.convert", "Make a GGUF file of a checkpoint."),
     "quantize": ("convert.quantize", "Write a GGUF file in other block formats."),
+    "batch": ("batch.command", "Do the tasks of a file of JSON lines."),
     "imatrix": ("imatrix.command", "Measure which columns of the weights matter."),
     "gguf": ("gguf.command", "Split, merge, edit, print and compare GGUF files."),
     "bench": ("bench.command", "Measure how fast a model runs, and how near the ceiling."),

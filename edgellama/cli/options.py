@@ -1,23 +1,29 @@
-"""The options of sampling, with llama.cpp's names, and help in groups.
+"""Options that commands share, with llama.cpp's names, and help in groups.
 
-`@sampling_options` above a command adds them; they arrive by the names of `AnswerKeywords`, None where
-the user said nothing: then the model file decides, or the default in brackets.
+`@model_options` above a command adds those of a model, which `open_model` takes out again, and
+`@sampling_options` those of the sampler; these arrive by the names of `AnswerKeywords`, None where the
+user said nothing: then the model file decides, or the default in brackets.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from edgellama.errors import UsageError
 from edgellama.sampling.options import SAMPLERS
 
+if TYPE_CHECKING:
+    from edgellama.llm import LLM
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_SAMPLING, _REPETITION = "Sampling", "Repetition"
+_SAMPLING, _REPETITION, _FORM = "Sampling", "Repetition", "Form of the answer"
 # Flag, name, type, group, help.
 _OPTIONS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("--temp", "temperature", float, _SAMPLING, "Temperature; 0 is greedy [0.8]."),
@@ -68,6 +74,43 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
+_MODEL_OPTIONS = (
+    click.option(
+        "-t", "--threads", "n_threads", type=click.IntRange(1, 256), help="Threads; physical cores."
+    ),
+    click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), help="Context: most tokens of the text."),
+    click.option(
+        "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
+        help="Type of cached keys and values.",
+    ),
+    click.option(
+        "--draft", metavar="lookup|MODEL",
+        help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
+    ),
+    click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's."),
+    click.option("--chat-template", metavar="FILE|NAME", help="In place of the file's own."),
+    click.option("--offline", is_flag=True, help="Never touch the network."),
+)  # fmt: skip
+
+
+def model_options(command: _Command) -> _Command:
+    """Add the options of a model to a command."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def open_model(model: str | None, options: dict[str, Any]) -> LLM:
+    """Open a model with its options, which are taken out of `options`."""
+    from edgellama.llm import LLM
+
+    names = ("n_threads", "n_ctx", "kv_type", "draft", "override_pre", "chat_template", "offline")
+    own = {name: options.pop(name) for name in names}
+    if own["chat_template"] is not None and Path(own["chat_template"]).is_file():
+        own["chat_template"] = Path(own["chat_template"])
+    return LLM(model, **own)
+
+
 def sampling_options(command: _Command) -> _Command:
     """Add the options of sampling to a command."""
     last = [
@@ -102,6 +145,48 @@ def sampling_options(command: _Command) -> _Command:
         )
         command = option(command)
     return command
+
+
+def grammar_options(command: _Command) -> _Command:
+    """Add the options of what an answer has to look like to a command."""
+    options = [
+        click.option(
+            "--json", "response_format", is_flag=True, cls=_Option, group=_FORM,
+            callback=lambda ctx, parameter, value: {"type": "json_object"} if value else None,
+            help="A JSON object.",
+        ),
+        click.option(
+            "--json-schema", metavar="FILE", cls=_Option, group=_FORM, callback=_read_file,
+            help="JSON of this JSON Schema; - reads stdin.",
+        ),
+        click.option(
+            "--grammar", metavar="FILE", cls=_Option, group=_FORM, callback=_read_file,
+            help="A text of this grammar, Lark or GBNF; - reads stdin.",
+        ),
+        click.option(
+            "--regex", metavar="REGEX", cls=_Option, group=_FORM,
+            help="A text that this regular expression matches.",
+        ),
+        click.option(
+            "--choice", "choices", multiple=True, metavar="TEXT", cls=_Option, group=_FORM,
+            callback=lambda ctx, parameter, value: value or None,
+            help="One of these texts; may be repeated.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _read_file(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    name = f"--{(parameter.name or '').replace('_', '-')}"
+    data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} {value} is no UTF-8 text: {error.reason}") from None
 
 
 def _read_breakers(

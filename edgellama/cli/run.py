@@ -11,7 +11,13 @@ import click
 
 from edgellama.errors import UsageError
 
-from .options import GroupedCommand, sampling_options
+from .options import (
+    GroupedCommand,
+    grammar_options,
+    model_options,
+    open_model,
+    sampling_options,
+)
 
 
 @click.command(cls=GroupedCommand)
@@ -23,28 +29,17 @@ from .options import GroupedCommand, sampling_options
 @click.option("--raw", is_flag=True, help="Continue the text as it stands: no chat template.")
 @click.option("--system", help="A system message for the chat template.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads; physical cores.")
-@click.option("-c", "--ctx", type=click.IntRange(1), help="Context: most tokens of the text.")
-@click.option(
-    "--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True,
-    help="Type of cached keys and values.",
-)  # fmt: skip
-@click.option(
-    "--draft", metavar="lookup|MODEL",
-    help="Guess tokens ahead; same text, faster where it repeats (lookup) or MODEL is small.",
-)  # fmt: skip
-@click.option("--override-pre", metavar="NAME", help="Pre-tokenizer to use in place of the file's.")
+@model_options
 @click.option(
     "--session", type=click.Path(path_type=Path), metavar="FILE",
     help="Evaluated text: loaded if the file exists, saved after the answer.",
 )  # fmt: skip
-@click.option("--offline", is_flag=True, help="Never touch the network.")
 @click.option("--stats", is_flag=True, help="Print timings to stderr.")
 @sampling_options
+@grammar_options
 def command(
     model: str | None, prompt: str | None, max_tokens: int | None, raw: bool, system: str | None,
-    stop: tuple[str, ...], threads: int | None, ctx: int | None, kv_type: str, draft: str | None,
-    override_pre: str | None, session: Path | None, offline: bool, stats: bool, **sampling: Any,
+    stop: tuple[str, ...], session: Path | None, stats: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL (a path, a name of the catalogue, hf:org/repo/file.gguf or a URL).
 
@@ -56,16 +51,11 @@ def command(
             raise UsageError("there is no prompt; give one with -p or on stdin")
         prompt = sys.stdin.buffer.read().decode(errors="replace")
         prompt = prompt.removesuffix("\n").removesuffix("\r")  # echo's, not the author's
-    from edgellama.llm import LLM
-
     out = sys.stdout.buffer
-    with LLM(
-        model, n_ctx=ctx, n_threads=threads, kv_type=kv_type, offline=offline,
-        override_pre=override_pre, draft=draft,
-    ) as llm:  # fmt: skip
+    with open_model(model, given) as llm:
         if session is not None and session.exists():
             llm.load_session(session)
-        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **sampling}
+        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, **given}
         if raw or llm.template is None:
             if system is not None:
                 raise UsageError("--system needs a chat template; leave out --raw")

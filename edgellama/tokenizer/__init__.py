@@ -113,6 +113,17 @@ class Tokenizer:
         """The text of a token in the vocabulary."""
         return self.vocab.tokens[token]
 
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of all tokens, as `token_bytes` gives them."""
+        out = self._model.all_bytes()
+        for token in np.flatnonzero(np.isin(self.vocab.types, (*SPECIAL, BYTE))).tolist():
+            out[token] = self.token_bytes(token)
+        return out
+
+    def encode_inside(self, text: str) -> list[int]:
+        """The ids of a text that goes on from another, without special tokens."""
+        return self._model.encode(text, begins=False)
+
     def is_special(self, token: int) -> bool:
         """Whether a token is control or unknown: not part of the text."""
         return token in self._special
@@ -125,9 +136,9 @@ class Tokenizer:
             text = text[1:]
         return text.decode(errors="replace")
 
-    def stream(self) -> StreamDecoder:
-        """Return a decoder for ids that come one at a time."""
-        return StreamDecoder(self)
+    def stream(self, shown: frozenset[int] = frozenset()) -> StreamDecoder:
+        """Return a decoder for ids that come one at a time; special tokens among `shown` are text."""
+        return StreamDecoder(self, shown)
 
 
 def load_tokenizer(metadata: Mapping[str, Any], override_pre: str | None = None) -> Tokenizer:

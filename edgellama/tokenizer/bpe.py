@@ -51,8 +51,8 @@ class ByteLevelBPE:
             bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             self._cutter = pre_tokenizers.Sequence([self._cutter, bytes_])
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Ids of a text without special tokens, wherever it stands."""
         text = text.replace(" ", self._kind.space)
         if not self._newlines:
             return self._encode(text)
@@ -128,6 +128,10 @@ class ByteLevelBPE:
             return bytes(table[c] for c in text)
         except KeyError:
             return text.encode()  # a token that is not written in the byte alphabet
+
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of every token, taken as a normal one."""
+        return list(map(self.token_bytes, range(len(self._tokens))))
 
 
 def _first_places(texts: list[str]) -> dict[str, int]:

@@ -30,14 +30,18 @@ class SentencePiece:
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(_model_proto(vocab))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens, which begins the input or follows such a token."""
-        prefix = " " if self.adds_space_prefix else ""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Ids of a text without special tokens; it `begins` the input or follows such a token."""
+        prefix = " " if begins and self.adds_space_prefix else ""
         return self._processor.EncodeAsIds(prefix + text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a normal token."""
         return self._tokens[token].replace(_SPACE, " ").encode()
+
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of every token, taken as a normal one."""
+        return [text.replace(_SPACE, " ").encode() for text in self._tokens]
 
 
 def _varint(n: int) -> bytes:

@@ -10,15 +10,16 @@ if TYPE_CHECKING:
 
 
 class StreamDecoder:
-    """Holds back bytes until they make whole UTF-8 characters."""
+    """Holds back bytes until they make whole UTF-8 characters; special tokens among `shown` are text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Return the characters that this token completes; special tokens give none."""
-        if self._tokenizer.is_special(token):
+        """Return the characters that this token completes; other special tokens give none."""
+        if token not in self._shown and self._tokenizer.is_special(token):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from edgellama.errors import TemplateError
 
+from .messages import read_messages, with_arguments_as_text
+
 MAX_SECONDS = 1.0
 MAX_SOURCE = 1 << 18  # characters
 MAX_CHARACTERS = 4 << 20  # of a value
@@ -31,7 +33,7 @@ class ChatTemplate:
     """A template, compiled when it is first used."""
 
     def __init__(self, source: str, bos_text: str = "", eos_text: str = "") -> None:
-        self._source = source
+        self.source = source
         self._constants = {"bos_token": bos_text, "eos_token": eos_text}
         self._template: Any = None
 
@@ -46,24 +48,32 @@ class ChatTemplate:
 
         Raises: TemplateError when the template is broken, refuses the messages, or passes a limit.
         """
-        given = {
-            **self._constants,
-            "messages": [_message(i, message) for i, message in enumerate(messages)],
-            "add_generation_prompt": add_generation_prompt,
-            **variables,
-        }
-        if len(self._source) > MAX_SOURCE:
+        if len(self.source) > MAX_SOURCE:
             raise TemplateError(
-                f"the chat template has {len(self._source)} characters; {MAX_SOURCE} are allowed; "
+                f"the chat template has {len(self.source)} characters; {MAX_SOURCE} are allowed; "
                 "use --raw to go without"
             )
+        given = {**variables, "add_generation_prompt": add_generation_prompt}
+        read = read_messages(messages, self.source)
+        try:
+            return self._render({**given, "messages": read})
+        except TemplateError:
+            if not any("tool_calls" in message for message in read):
+                raise
+            try:
+                return self._render({**given, "messages": with_arguments_as_text(read)})
+            except TemplateError:
+                pass
+            raise
+
+    def _render(self, given: Mapping[str, Any]) -> str:
         environment = _environment() if self._template is None else None  # imports: not on its time
         with _deadline(MAX_SECONDS):
             try:
                 if environment is not None:
-                    self._template = environment.from_string(self._source)
+                    self._template = environment.from_string(self.source)
                 text = ""
-                for piece in self._template.generate(given):
+                for piece in self._template.generate({**self._constants, **given}):
                     text += piece
                     if len(text) > MAX_CHARACTERS:
                         raise TemplateError(
@@ -77,23 +87,6 @@ class ChatTemplate:
                     f"the chat template failed: {line}; use --raw to go without"
                 ) from error
         return text
-
-
-def _message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a message; content in text parts becomes one string, which every template knows.
-
-    Raises: TemplateError.
-    """
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise TemplateError(f"message {i} has no role; needed: role and content")
-    content = message.get("content")
-    if not isinstance(content, list | tuple):
-        return dict(message)
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise TemplateError(f"message {i} has a part of type {kind!r}; only text is understood")
-    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 class _deadline:  # noqa: N801
