@@ -107,7 +107,9 @@ class Answer:
         logprobs: Logprobs | None = None,
         constraint: Constraint | None = None,
         shown: frozenset[int] = frozenset(),
+        n_keep: int | None = None,
     ) -> None:
+        self.n_keep = n_keep  # first tokens that stay when the context is full; None: it ends there
         self.sampler = sampler
         self.max_tokens = max_tokens
         self.tokens: list[int] = []

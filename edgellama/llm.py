@@ -95,9 +95,9 @@ class LLM:
     where their next tokens are easy to guess, and never changes them: "lookup" guesses what followed
     the same words before (good for summaries, edits and code), a smaller model of the same
     vocabulary (as `model`, or an open LLM, which stays yours to close) what it would say itself.
-    `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
     With `context_shift`, an answer that outgrows the context goes on without the older half of what
     follows the text's first `n_keep` tokens (rounded up to 32), instead of ending.
+    `chat_template` replaces the file's: a path, jinja itself, or the name of another one in the file.
 
     Raises: ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError, DownloadError.
     """
@@ -114,9 +114,9 @@ class LLM:
         offline: bool = False,
         override_pre: str | None = None,
         draft: str | os.PathLike[str] | LLM | None = None,
-        chat_template: str | os.PathLike[str] | None = None,
         context_shift: bool = False,
         n_keep: int = 1,
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
         self._chat_template = chat_template
         path = resolve(None if model is None else os.fspath(model), offline=offline)
@@ -283,16 +283,16 @@ class LLM:
         `processors`: called with all token ids so far, i64 (n,), and the logits f32 (V,) of the next,
         to change in place or return anew.
         `parse_special`: whether special tokens may be written out in the prompt.
+        `context_shift`, `n_keep`: as in `LLM`, for this answer.
         `response_format` (as OpenAI has it), `json_schema`, `grammar` (Lark or GBNF), `regex` or
         `choices`: what the answer has to look like (docs/constrained.md).
-        `context_shift`, `n_keep`: as in `LLM`, for this answer.
         Every field of `sampling.SamplingOptions`: what is left out is as the file says, or the default.
         Raises: ContextOverflowError when the prompt does not fit, GrammarError, UsageError.
         """
-        ids, [answer], of_prompt, n_keep = self._prepare(prompt, 1, **options)
+        ids, [answer], of_prompt = self._prepare(prompt, 1, **options)
 
         def new_steps() -> Steps:
-            steps = Steps(self._engine, answer.sampler, self._new_drafter(), n_keep)
+            steps = Steps(self._engine, answer.sampler, self._new_drafter(), answer.n_keep)
             self._last_text = steps.text  # which grows with the answer
             return steps
 
@@ -334,7 +334,7 @@ class LLM:
         elif n == 1:
             return collect(self.stream(prompt, **options))
         else:
-            ids, answers, of_prompt, _ = self._prepare(prompt, n, **options)
+            ids, answers, of_prompt = self._prepare(prompt, n, **options)
             done = answer_together(self._engine, ids, answers, of_prompt)
         return done[0] if n == 1 else done
 
@@ -380,21 +380,18 @@ class LLM:
         prompt_logprobs: bool = False,
         processors: Sequence[LogitsProcessor] = (),
         parse_special: bool = False,
+        context_shift: bool | None = None,
+        n_keep: int | None = None,
+        together: bool = False,
         response_format: Mapping[str, Any] | None = None,
         json_schema: Mapping[str, Any] | bool | str | None = None,
         grammar: str | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         shown: frozenset[int] = frozenset(),
-        context_shift: bool | None = None,
-        n_keep: int | None = None,
         **sampling: Any,
-    ) -> tuple[list[int], list[Answer], PromptLogprobs | None, int | None]:
-        """Check all options.
-
-        Return the prompt's ids, n answers, what looks up the prompt's, and how many tokens stay when the
-        context is full (None: the answer ends).
-        """
+    ) -> tuple[list[int], list[Answer], PromptLogprobs | None]:
+        """Check all options; return the prompt's ids, n answers, and what looks up the prompt's."""
         if not sampling.keys() <= {*OPTION_NAMES}:
             from edgellama.keywords import AnswerKeywords
 
@@ -402,7 +399,7 @@ class LLM:
             known = ", ".join(AnswerKeywords.__annotations__)
             raise UsageError(f"there is no option {name!r}; options are {known}")
         ids = self._encode(prompt, parse_special)
-        n_kept = self._n_kept(context_shift, n_keep, n)
+        n_kept = self._n_kept(context_shift, n_keep, together or n > 1)
         limit = self._limit(ids, max_tokens, n_kept is not None)
         if max_time_s is not None:
             check_number("max_time_s", max_time_s, 0)
@@ -434,10 +431,11 @@ class LLM:
                 logprobs=lookup if logprobs or top_logprobs else None,
                 constraint=None if rules is None else self._grammar_tokens.constrain(rules),
                 shown=shown,
+                n_keep=n_kept,
             )
             for i in range(n)
         ]
-        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None, n_kept
+        return ids, answers, PromptLogprobs(lookup, ids) if prompt_logprobs else None
 
     def _encode(self, prompt: str | Sequence[int], parse_special: bool) -> list[int]:
         """Return the ids of a prompt, at least one and no more than the context holds."""
@@ -457,13 +455,13 @@ class LLM:
             )
         return ids
 
-    def _n_kept(self, context_shift: bool | None, n_keep: int | None, n: int) -> int | None:
+    def _n_kept(self, context_shift: bool | None, n_keep: int | None, together: bool) -> int | None:
         """How many first tokens stay when the context is full; None: the answer ends there."""
         if context_shift is not None:
             check_flag("context_shift", context_shift)
-        if n > 1:
+        if together:
             if context_shift:
-                raise UsageError("context_shift works for one answer at a time; leave out n")
+                raise UsageError("context_shift works for one answer at a time")
             return None
         if not (self._context_shift if context_shift is None else context_shift):
             return None
@@ -566,14 +564,13 @@ class LLM:
         **options: Unpack[ChatKeywords],
     ) -> Request:
         """Return a text, token ids or messages as `answer_all` takes them; options as in `stream_chat`."""
-        given: dict[str, Any] = {"context_shift": False, **options}
-        if given["context_shift"]:
-            raise UsageError("context_shift works for one answer at a time; leave it out")
         if isinstance(prompt, str) or not all(isinstance(part, Mapping) for part in prompt):
-            ids, [answer], of_prompt, _ = self._prepare(cast(Any, prompt), 1, **given)
+            ids, [answer], of_prompt = self._prepare(
+                cast(Any, prompt), 1, together=True, **cast(Any, options)
+            )
             return Request(ids, answer, of_prompt)
-        chat, rest = self._chat_prompt(cast(Any, prompt), given)
-        ids, [answer], of_prompt, _ = self._prepare(chat.ids, 1, **rest)
+        chat, rest = self._chat_prompt(cast(Any, prompt), options)
+        ids, [answer], of_prompt = self._prepare(chat.ids, 1, together=True, **rest)
         return Request(ids, answer, of_prompt, chat.read)
 
     def answer_all(

@@ -41,7 +41,9 @@ def test_examples(capsys, tmp_path, monkeypatch):
             assert stdout == expected, line
 
 
-@pytest.mark.parametrize("name", ["sampling.md", "constrained.md", "tasks.md", "chat.md"])
+@pytest.mark.parametrize(
+    "name", ["sampling.md", "constrained.md", "tasks.md", "chat.md", "caches.md"]
+)
 def test_examples_on_a_model(name, capsys, tmp_path, monkeypatch):
     """Blocks of `python` run one after the other, and lines of `console`; there is a model.gguf."""
     monkeypatch.chdir(tmp_path)
