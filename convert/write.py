@@ -1,12 +1,14 @@
 """Tensors to a GGUF file, a few rows at a time: read, quantize on all cores, write.
 
-While one piece is quantized the next is read; memory holds a few pieces, whatever the size of the model.
+While one piece is quantized the next is read and the ones before it are written; memory holds a few
+pieces, whatever the size of the model.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ from .encoder import Encoder
 
 PIECE_NBYTES = 1 << 25
 """Bytes of f32 rows that are worked on at a time."""
+_AHEAD = 2  # pieces that wait to be written
+_SYNC_NBYTES = 1 << 26  # left to the end, it would take as long as half the encoding
 
 
 class Source(NamedTuple):
@@ -65,13 +69,14 @@ def write_model(
     with (
         GGUFWriter(path, metadata, targets, force=force) as writer,
         progress("convert", sum(t.nbytes for t in targets)) as advance,
+        _Behind(writer) as out,
     ):
         for source, target in zip(sources, targets, strict=True):
             advance(0, target.name)
             weights = (importance or {}).get(target.name)
             squares = _Squares()
             for data in _pieces(source, target.format, encoder, weights, squares, measure):
-                writer.append(data)
+                out.append(data)
                 advance(data.nbytes, target.name)
             reports.append(
                 TensorReport(
@@ -85,6 +90,45 @@ def write_model(
                 )
             )
     return reports
+
+
+class _Behind:
+    """Appends to a file in a thread of its own, and puts it on the disk on the way.
+
+    What is appended waits where the disk is slow, and errors are raised then, or at the end.
+    """
+
+    def __init__(self, writer: GGUFWriter) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: deque[Future[None]] = deque()
+        self._unsynced = 0
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def append(self, data: np.ndarray) -> None:
+        """Write the next bytes, as `GGUFWriter.append` does."""
+        self._wait(_AHEAD)
+        self._waiting.append(self._thread.submit(self._append, data))
+
+    def _append(self, data: np.ndarray) -> None:
+        self._writer.append(data)
+        self._unsynced += data.nbytes
+        if self._unsynced >= _SYNC_NBYTES:
+            self._writer.sync()
+            self._unsynced = 0
+
+    def _wait(self, most: int) -> None:
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
 
 
 class _Squares:

@@ -49,12 +49,16 @@ class NewFile:
 
     def finish(self) -> None:
         """Give the file its name, once all of it is on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.sync()
         check_absent(self.path, self._force)
         if sys.platform == "win32":
             self.file.close()  # an open file cannot be renamed; elsewhere the lock is to last
         os.replace(self._temporary, self.path)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def discard(self) -> None:
         """Close the file, and delete it if it has no name yet."""

@@ -86,6 +86,11 @@ class GGUFWriter:
             self._new.file.write(bytes(-self._tensors[self._index].nbytes % ALIGNMENT))
             self._begin(self._index + 1)
 
+    def sync(self) -> None:
+        """Wait until what was written so far is on the disk."""
+        assert self._new is not None, "sync outside of `with`"
+        self._new.sync()
+
     def _begin(self, index: int) -> None:
         """Go on to a tensor; one without weights needs nothing."""
         while index < len(self._tensors) and self._tensors[index].nbytes == 0:
