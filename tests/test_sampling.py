@@ -292,7 +292,7 @@ def test_a_fork_draws_the_same_and_leaves_the_sampler_alone() -> None:
 def test_keywords_for_type_checkers_are_the_options() -> None:
     assert list(keywords.SamplingKeywords.__annotations__) == list(OPTION_NAMES)
     taken = inspect.signature(LLM._prepare).parameters.values()
-    named = {p.name for p in taken if p.kind is p.KEYWORD_ONLY} - {"shown"}  # a chat's own
+    named = {p.name for p in taken if p.kind is p.KEYWORD_ONLY} - {"shown", "together"}
     assert {*keywords.AnswerKeywords.__annotations__} == {*OPTION_NAMES} | named
 
 
